@@ -1,0 +1,186 @@
+"""Which latents fire, and with what value. An activation is one small class.
+
+A new one needs `select` alone: given pre-activations [R, F] of some rows, return a SparseCode of the entries that fire,
+with their pre-activations as values. It runs over bounded blocks of rows. Override `encode` to fuse it, and `activate`
+where the value is not relu(pre).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .functional import At
+from .kernels import check
+from .sparse_code import SparseCode
+
+
+class Activation(nn.Module):
+    """Base of all activations."""
+
+    def attach(self, d_sae: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        """Called once by SAE with the width: check it, create per-latent parameters."""
+
+    def select(self, pre: Tensor) -> SparseCode:
+        """The entries of pre [R, F] that fire."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither select nor encode: define one")
+
+    def encode(
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, select_scale: Tensor | None = None, limit: int | None = None
+    ) -> SparseCode | None:
+        """The code of pre-activations. None if it would exceed `limit` entries and a dense path is open."""
+        if select_scale is not None:
+            raise ValueError(f"{type(self).__name__} does not rank latents: select_scale has no meaning for it")
+        return functional.encode_selected(x, W_enc, b_enc, self.select)
+
+    def activate(self, pre: Tensor, at: At, b_enc: Tensor) -> Tensor:
+        """Element-wise, pre-activations of firing entries to values; `at` brings a per-latent tensor to pre's shape."""
+        return pre.relu()
+
+    def dense(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+        """All activations [..., F]."""
+        code = self.encode(x, W_enc, b_enc)
+        assert code is not None  # no limit was given
+        return code.with_values(self.activate(code.values, gather(code), b_enc)).dense()
+
+
+def gather(code: SparseCode) -> At:
+    """`at` for the entries of a code."""
+    if code.by_latent is None:
+        return lambda parameter: parameter[code.latents]
+    order, starts = code.by_latent
+    return lambda parameter: functional.kernels.gather_latents(parameter, code.latents, order, starts)
+
+
+class TopK(Activation):
+    """Each row's k largest pre-activations, then relu."""
+
+    def __init__(self, k: int):
+        super().__init__()
+        self.k = k
+
+    def attach(self, d_sae, device=None, dtype=None):
+        check.k_fits(self.k, d_sae)
+
+    def encode(self, x, W_enc, b_enc, select_scale=None, limit=None):
+        return functional.encode_topk(x, W_enc, b_enc, self.k, select_scale)
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}"
+
+
+class AbsTopK(TopK):
+    """Each row's k largest in magnitude, signs kept."""
+
+    def encode(self, x, W_enc, b_enc, select_scale=None, limit=None):
+        return functional.encode_topk(x, W_enc, b_enc, self.k, select_scale, magnitude=True)
+
+    def activate(self, pre, at, b_enc):
+        return pre
+
+
+class BatchTopK(TopK):
+    """The batch's N·k largest pre-activations, then relu. The batch is all rows of the call."""
+
+    def encode(self, x, W_enc, b_enc, select_scale=None, limit=None):
+        return functional.encode_batch_topk(x, W_enc, b_enc, self.k, select_scale)
+
+
+class _Threshold(Activation):
+    """Fires above a threshold per latent. How many fire is open, so a dense path stands by."""
+
+    def threshold(self, b_enc: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def encode(self, x, W_enc, b_enc, select_scale=None, limit=None):
+        if select_scale is not None:
+            raise ValueError(f"{type(self).__name__} does not rank latents: select_scale has no meaning for it")
+        return functional.encode_threshold(x, W_enc, b_enc, self.threshold(b_enc), limit)
+
+    def dense(self, x, W_enc, b_enc):
+        return self.activate(x @ W_enc + b_enc, lambda parameter: parameter, b_enc)
+
+
+class ReLU(_Threshold):
+    """Every positive pre-activation."""
+
+    def threshold(self, b_enc):
+        return torch.zeros_like(b_enc)
+
+    def dense(self, x, W_enc, b_enc):
+        return functional.dense_encode(x, W_enc, b_enc)
+
+
+class _Jump(torch.autograd.Function):
+    """pre · 1[pre > theta], with straight-through estimates inside a window of `bandwidth` around theta."""
+
+    @staticmethod
+    def forward(pre, theta, bandwidth, to_input):
+        return pre * (pre > theta)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pre, theta, ctx.bandwidth, ctx.to_input = inputs
+        ctx.save_for_backward(pre, theta)
+
+    @staticmethod
+    def backward(ctx, g):
+        pre, theta = ctx.saved_tensors
+        window = ((pre - theta).abs() < ctx.bandwidth / 2) * (theta / ctx.bandwidth)
+        return g * ((pre > theta) + window if ctx.to_input else pre > theta), -(g * window), None, None
+
+
+class JumpReLU(_Threshold):
+    """Pre-activations over a learned threshold `theta` [F] >= 0, unchanged.
+
+    In training the code also holds the entries within bandwidth/2 below theta, with value zero: they carry the
+    straight-through gradient to theta, d value / d theta = -(theta / bandwidth) · 1[|pre - theta| < bandwidth/2], and with
+    `ste_to_input` its opposite to pre.
+    """
+
+    theta: nn.Parameter
+
+    def __init__(self, theta: float = 0.01, bandwidth: float = 0.05, ste_to_input: bool = False):
+        super().__init__()
+        if not (math.isfinite(theta) and theta >= 0):
+            raise ValueError(f"theta={theta}: pass a threshold >= 0")
+        if not (math.isfinite(bandwidth) and bandwidth > 0):
+            raise ValueError(f"bandwidth={bandwidth}: pass a width > 0")
+        self.initial_theta, self.bandwidth, self.ste_to_input = theta, bandwidth, ste_to_input
+
+    def attach(self, d_sae, device=None, dtype=None):
+        self.theta = nn.Parameter(torch.full((d_sae,), self.initial_theta, device=device, dtype=dtype))
+
+    def threshold(self, b_enc):
+        check.non_negative("theta", self.theta)
+        window = self.bandwidth / 2 if self.training and torch.is_grad_enabled() else 0.0
+        return self.theta.detach() - window
+
+    def dense(self, x, W_enc, b_enc):
+        if torch.is_grad_enabled():  # the fused GEMM keeps no pre-activations, which theta's gradient needs
+            return super().dense(x, W_enc, b_enc)
+        return functional.dense_encode(x, W_enc, b_enc, self.theta)
+
+    def activate(self, pre, at, b_enc):
+        return _Jump.apply(pre, at(self.theta), self.bandwidth, self.ste_to_input)
+
+    def extra_repr(self) -> str:
+        return f"bandwidth={self.bandwidth}, ste_to_input={self.ste_to_input}"
+
+
+class Gated(_Threshold):
+    """A latent fires where its gate x W_enc + b_enc is positive; its value is relu(x W_enc · exp(r_mag) + b_mag)."""
+
+    r_mag: nn.Parameter
+    b_mag: nn.Parameter
+
+    def attach(self, d_sae, device=None, dtype=None):
+        self.r_mag = nn.Parameter(torch.zeros(d_sae, device=device, dtype=dtype))
+        self.b_mag = nn.Parameter(torch.zeros(d_sae, device=device, dtype=dtype))
+
+    def threshold(self, b_enc):
+        return torch.zeros_like(b_enc)
+
+    def activate(self, pre, at, b_enc):
+        return ((pre - at(b_enc)) * at(self.r_mag).exp() + at(self.b_mag)).relu() * (pre > 0)

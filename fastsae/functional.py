@@ -1,0 +1,185 @@
+"""Sparse autoencoders as functions: encode to a SparseCode, decode it, and the losses that share the decoder's gather.
+
+`x` may have any leading dimensions and any strides. Every function is differentiable; what is selected is not.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from . import kernels
+from .kernels import check
+from .kernels.topk import BLOCK_ELEMENTS, row_blocks
+from .sparse_code import SparseCode
+
+# Above this share of active entries gathering loses to the dense GEMM (0.38 % from bandwidth and FLOP/s of an H100).
+SPARSE_BELOW = 1 / 256
+
+At = Callable[[Tensor], Tensor]
+"""Turns a per-latent tensor [F] into one that broadcasts against pre-activations."""
+
+
+def _rows(x: Tensor) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}: pass a torch.Tensor [..., D]")
+    if x.dim() == 0:
+        raise ValueError("x is a scalar: pass [..., D]")
+    return x.reshape(-1, x.shape[-1])
+
+
+def _code(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, pre: Tensor, latents: Tensor, offsets: Tensor, k: int | None = None
+) -> SparseCode:
+    """Wrap a selection of rows of `x`, with gradients where they are wanted."""
+    F = W_enc.shape[1]
+    by_latent = None
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, W_enc, b_enc)):
+        by_latent = kernels.sort_by_latent(latents, F)
+        pre = kernels.encode(_rows(x), W_enc, b_enc, pre, latents, offsets, by_latent)
+    return SparseCode(pre, latents, offsets, (*x.shape[:-1], F), k, pre, by_latent)
+
+
+def encode_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, select_scale: Tensor | None = None, magnitude: bool = False
+) -> SparseCode:
+    """Pre-activations of each row's k best latents, by pre · select_scale, or by |pre| with `magnitude`."""
+    rows = _rows(x)
+    pre, latents = kernels.select_topk(rows, W_enc, b_enc, k, select_scale, magnitude)
+    offsets = torch.arange(0, rows.shape[0] * k + 1, k, dtype=torch.int32, device=x.device)
+    return _code(x, W_enc, b_enc, pre, latents, offsets, k)
+
+
+def encode_batch_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, select_scale: Tensor | None = None, magnitude: bool = False
+) -> SparseCode:
+    """Pre-activations of the N·k best entries of all rows together."""
+    return _code(x, W_enc, b_enc, *kernels.select_batch_topk(_rows(x), W_enc, b_enc, k, select_scale, magnitude))
+
+
+def encode_threshold(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, theta: Tensor, limit: int | None = None
+) -> SparseCode | None:
+    """Pre-activations over theta [F]; None where there are more than `limit` of them."""
+    selection = kernels.select_threshold(_rows(x), W_enc, b_enc, theta, limit)
+    return None if selection is None else _code(x, W_enc, b_enc, *selection)
+
+
+def encode_selected(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, select: Callable[[Tensor], SparseCode]
+) -> SparseCode:
+    """Pre-activations of whatever `select` picks from blocks of rows of pre-activations [R, F]. For any row-wise rule."""
+    rows = _rows(x)
+    check.encoder(rows, W_enc, b_enc)
+    with torch.no_grad():
+        # a block's buffer is overwritten by the next block: keep nothing that is a view of it
+        parts = [select(pre) for _, pre in row_blocks(rows, W_enc, b_enc)]
+    counts = torch.cat([torch.zeros(1, dtype=torch.int32, device=x.device), *(p.offsets.diff() for p in parts)])
+    pre = torch.cat([rows.new_empty(0), *(p.values.to(x.dtype) for p in parts)])
+    latents = torch.cat([counts.new_empty(0), *(p.latents for p in parts)])
+    return _code(x, W_enc, b_enc, pre, latents, counts.cumsum(0).int())
+
+
+def decode(code: SparseCode, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
+    """y [..., D_out] = Σ values · W_dec[latents] + b_dec."""
+    _width(code, W_dec)
+    y = kernels.decode(code.values, code.latents, code.offsets, W_dec, b_dec, code.by_latent)
+    return y.view(*code.shape[:-1], W_dec.shape[1])
+
+
+def _width(code: SparseCode, W_dec: Tensor) -> None:
+    if code.d_sae != W_dec.shape[0]:
+        raise ValueError(f"the code has d_sae={code.d_sae} but W_dec has {W_dec.shape[0]} rows: use the SAE that made it")
+
+
+class Reconstruction(NamedTuple):
+    """What `reconstruction_loss` returns; P levels, the last of which is the whole code."""
+
+    error: Tensor
+    """[N, P, D] reconstruction minus target"""
+    sse: Tensor
+    """[N, P] squared error of each row"""
+    l1: Tensor
+    """[N] Σ |value| · weight[latent]"""
+
+
+def reconstruction_loss(
+    code: SparseCode,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    prefixes: Sequence[int] | None = None,
+    ks: Sequence[int] | None = None,
+) -> Reconstruction:
+    """Squared error against `target` and L1, in the pass that decodes. mse is `.sse.mean(0)`.
+
+    `prefixes` adds a level for the latents below each width (Matryoshka), `ks` one for the strongest j entries of each row
+    (hierarchical); ascending, and the whole code is always the last level.
+    """
+    _width(code, W_dec)
+    if prefixes is not None and ks is not None:
+        raise ValueError("prefixes and ks were both given: pass one of them")
+    values, latents, bounds, by_latent = code.values, code.latents, code.offsets, code.by_latent
+    if prefixes is not None:
+        widths = _ascending("prefixes", prefixes, code.d_sae)
+        keys = code.rows.long() * code.d_sae + latents
+        edges = torch.arange(bounds.shape[0] - 1, device=keys.device)[:, None] * code.d_sae + keys.new_tensor(widths)
+        bounds = torch.nn.functional.pad(torch.searchsorted(keys, edges.flatten(), out_int32=True), (1, 0))
+    elif ks is not None:
+        counts = _ascending("ks", ks, code.d_sae)
+        strongest = values.detach().abs().sort(descending=True, stable=True).indices
+        order = strongest[code.rows[strongest].sort(stable=True).indices]
+        values, latents, by_latent = values[order], latents[order], None
+        ends = torch.minimum(bounds[:-1, None] + bounds.new_tensor(counts), bounds[1:, None])
+        bounds = torch.nn.functional.pad(ends.flatten(), (1, 0))
+    return Reconstruction(*kernels.decode_loss(values, latents, bounds, W_dec, b_dec, _rows(target), weight, by_latent))
+
+
+def _ascending(name: str, levels: Sequence[int], whole: int) -> list[int]:
+    levels = list(levels)
+    if not levels or levels != sorted(set(levels)) or levels[0] < 1 or levels[-1] > whole:
+        raise ValueError(f"{name}={levels}: pass ascending numbers from 1 to d_sae={whole}")
+    return levels if levels[-1] == whole else [*levels, whole]
+
+
+def dense_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, theta: Tensor | None = None) -> Tensor:
+    """Activations [..., F]: relu, or the jump at theta, fused into the GEMM on a GPU."""
+    return kernels.dense_encode(_rows(x), W_enc, b_enc, theta).view(*x.shape[:-1], W_enc.shape[1])
+
+
+def reconstruct_dense(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    activate: Callable[[Tensor, At, Tensor], Tensor],
+    penalty: Callable[[Tensor, At], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(y [..., D_out], Σ penalty [...]) for codes that are not sparse, in chunks of latents that backward recomputes.
+
+    `activate(pre, at, b_enc)` is the element-wise activation of pre-activations [N, C]; `penalty(acts, at)` [N, C] is what
+    a loss would sum over entries. Exact; at most BLOCK_ELEMENTS pre-activations exist at a time.
+    """
+    rows = _rows(x)
+    check.encoder(rows, W_enc, b_enc)
+    N, F = rows.shape[0], W_enc.shape[1]
+    C = max(1, min(F, BLOCK_ELEMENTS // max(N, 1)))
+
+    def chunk(first: int, W_e: Tensor, b_e: Tensor, W_d: Tensor) -> tuple[Tensor, Tensor]:
+        def at(parameter: Tensor) -> Tensor:
+            return parameter[first : first + C]
+
+        acts = activate(rows @ W_e + b_e, at, b_enc)
+        cost = acts.new_zeros(N) if penalty is None else penalty(acts, at).sum(1)
+        return acts @ W_d, cost
+
+    y, cost = b_dec.expand(N, -1), rows.new_zeros(N)
+    # split, not slices: its gradient is one concatenation rather than one zero-padded matrix per chunk
+    for i, parts in enumerate(zip(W_enc.split(C, 1), b_enc.split(C), W_dec.split(C), strict=True)):
+        y_part, cost_part = checkpoint(chunk, i * C, *parts, use_reentrant=False)
+        y, cost = y + y_part, cost + cost_part
+    return y.view(*x.shape[:-1], W_dec.shape[1]), cost.view(x.shape[:-1])

@@ -1,0 +1,100 @@
+"""SAE: parameters, and the path of x through them. No loss, and no question which activation it has."""
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .activations import Activation, gather
+from .sparse_code import SparseCode
+
+
+class SAE(nn.Module):
+    """A sparse autoencoder, or with `d_out` a transcoder, or with `skip` one that adds a linear map of its input."""
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        activation: Activation,
+        d_out: int | None = None,
+        skip: bool = False,
+        apply_b_dec_to_input: bool | None = None,
+        decoder_norm: float = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        for name, size in (("d_in", d_in), ("d_sae", d_sae), ("d_out", d_in if d_out is None else d_out)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}={size!r}: pass a whole number >= 1")
+        transcodes = d_out is not None
+        self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_out if d_out is not None else d_in
+        # b_dec is the mean of the output, which is the mean of the input only where they are the same thing
+        self.apply_b_dec_to_input = not transcodes if apply_b_dec_to_input is None else apply_b_dec_to_input
+        if self.apply_b_dec_to_input and self.d_out != d_in:
+            raise ValueError(f"apply_b_dec_to_input needs d_out == d_in, got {self.d_out} and {d_in}: pass False")
+
+        where = {"device": device, "dtype": dtype}
+        W_dec = nn.init.kaiming_uniform_(torch.empty(d_sae, self.d_out, **where))
+        W_dec *= decoder_norm / W_dec.norm(dim=1, keepdim=True)
+        encoder = W_dec.clone() if self.d_out == d_in else nn.init.kaiming_uniform_(torch.empty(d_sae, d_in, **where))
+        self.W_enc = nn.Parameter(encoder.T)  # [d_in, d_sae], in memory latent by latent like W_dec
+        self.W_dec = nn.Parameter(W_dec)
+        self.b_enc = nn.Parameter(torch.zeros(d_sae, **where))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out, **where))
+        self.W_skip = nn.Parameter(torch.zeros(self.d_out, d_in, **where)) if skip else None
+        self.activation = activation
+        activation.attach(d_sae, **where)
+        self.register_load_state_dict_post_hook(lambda module, _: module._latent_major())
+
+    def _latent_major(self) -> None:
+        """Loading with assign=True brings whatever layout the file had; gradients and kernels want one latent's row whole."""
+        if self.W_enc.stride(0) != 1:
+            self.W_enc = nn.Parameter(self.W_enc.detach().T.contiguous().T, self.W_enc.requires_grad)
+
+    def _input(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor) or x.shape[-1:] != (self.d_in,):
+            came = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x is {came}: expected [..., d_in={self.d_in}]")
+        if x.dtype != self.W_enc.dtype or x.device != self.W_enc.device:
+            raise TypeError(
+                f"x is {x.dtype} on {x.device} but this SAE is {self.W_enc.dtype} on {self.W_enc.device}: "
+                "convert one of them with .to()"
+            )
+        return x - self.b_dec if self.apply_b_dec_to_input else x
+
+    def _encode(self, x: Tensor, limit: int | None = None) -> SparseCode | None:
+        code = self.activation.encode(self._input(x), self.W_enc, self.b_enc, limit=limit)
+        return None if code is None else code.with_values(self.activation.activate(code.values, gather(code), self.b_enc))
+
+    def encode_sparse(self, x: Tensor, latents: Tensor | None = None) -> SparseCode:
+        """The code of x [..., d_in]; with `latents`, only the entries of these, under their own ids."""
+        code = self._encode(x)
+        assert code is not None  # no limit was given
+        return code if latents is None else code.restrict(latents)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Activations as a dense [..., d_sae], what every host library's users expect."""
+        return self.activation.dense(self._input(x), self.W_enc, self.b_enc)
+
+    def decode(self, code: SparseCode | Tensor) -> Tensor:
+        """Reconstruction [..., d_out] of a sparse code or of dense activations."""
+        if isinstance(code, SparseCode):
+            return functional.decode(code, self.W_dec, self.b_dec)
+        return code @ self.W_dec + self.b_dec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruct x [..., d_in] without ever building [..., d_sae]."""
+        # where the number of entries is open, a code that turns out dense takes the chunked dense path
+        limit = None if torch.compiler.is_compiling() else int(x.numel() // self.d_in * self.d_sae * functional.SPARSE_BELOW)
+        code = self._encode(x, limit)
+        if code is None:
+            y, _ = functional.reconstruct_dense(
+                self._input(x), self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.activation.activate
+            )
+        else:
+            y = self.decode(code)
+        return y if self.W_skip is None else y + x @ self.W_skip.T
+
+    def extra_repr(self) -> str:
+        return f"d_in={self.d_in}, d_sae={self.d_sae}, d_out={self.d_out}, skip={self.W_skip is not None}"

@@ -1,0 +1,271 @@
+"""Select each row's k best latents:  the k largest score[n, f],  pre = x[n] · W_enc[:, f] + b_enc[f].
+
+N rows, D model width, F latents; score = pre, |pre|, or pre · scale[f] (returned are raw pre-activations):
+
+    x [N, D]    W_enc [D, F]    b_enc, scale [F]    pre [N·k], latents [N·k] int32, ascending within a row
+
+Equal scores: the lower latent wins, on every path. Exact: by the fp32 accumulator, for any input.
+
+[N, F] never exists. On a GPU the scores come by chunks of CHUNK latents in one reused buffer, and one program per row
+keeps the k best keys seen so far. A key packs (score, latent) into 64 bits, larger is better, so ties need no extra code.
+Of a chunk the program reads the maxima of its 128-wide tiles first and opens only tiles that can still change the result:
+about k (1 + ln(F / CHUNK)) of them a row. On a CPU rows come by blocks, and of each row only the k tiles with the largest
+maxima are searched: they hold the k largest, since an element outside them is beaten by k tile maxima.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from . import check
+from .backend import accumulator, op, runs_triton, tl, triton
+from .dense_encode import gemm
+from .tiles import tile
+
+CHUNK = 4096  # latents per chunk on a GPU: 134 MB of fp32 scores at N = 8192
+BLOCK_ELEMENTS = 1 << 24  # scores per block of rows on a CPU: 64 MB, so that the GEMM sees some hundred rows
+CPU_TILE = 64  # measured: 32, 64, 128 within noise of each other at F 24,576, k 32
+
+
+def score_of(pre: Tensor, scale: Tensor | None, magnitude: bool) -> Tensor:
+    """What latents are ranked by."""
+    if scale is not None:
+        pre = pre * scale
+    return pre.abs() if magnitude else pre
+
+
+def select_topk_reference(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, scale: Tensor | None = None, magnitude: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The definition: a stable descending sort of each whole row."""
+    pre = x @ W_enc + b_enc
+    order = score_of(pre, scale, magnitude).sort(dim=-1, descending=True, stable=True).indices
+    latents = order[:, :k].sort(-1).values
+    return pre.gather(1, latents).flatten(), latents.flatten().int()
+
+
+# ---------------------------------------------------------------------------------------------------------- torch path
+
+
+def row_blocks(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(first row, pre-activations [R, F]) by blocks of rows, in one buffer that each step overwrites."""
+    N, F = x.shape[0], W_enc.shape[1]
+    blocks = max(1, -(-N * F // BLOCK_ELEMENTS))
+    rows = min(max(1, -(-N // blocks)), max(1, BLOCK_ELEMENTS // F))
+    wide = accumulator(x.dtype)
+    buffer = torch.empty(min(rows, N), F, dtype=wide, device=x.device)
+    for first in range(0, N, rows):
+        part = x[first : first + rows]
+        pre = buffer[: part.shape[0]]
+        if x.dtype == wide:
+            torch.addmm(b_enc, part, W_enc, out=pre)
+        else:  # 16 bits: widen the operands chunk by chunk, since a 16-bit GEMM would round before selection
+            for f in range(0, F, CHUNK):
+                columns = slice(f, f + CHUNK)
+                torch.addmm(b_enc[columns].to(wide), part.to(wide), W_enc[:, columns].to(wide), out=pre[:, columns])
+        yield first, pre
+
+
+def tile_maxima(score: Tensor, width: int) -> Tensor:
+    """[R, ceil(F / width)], the last tile ragged."""
+    R, F = score.shape
+    whole = F // width
+    maxima = score[:, : whole * width].unflatten(1, (whole, width)).amax(-1)
+    return maxima if whole * width == F else torch.cat([maxima, score[:, whole * width :].amax(-1, keepdim=True)], 1)
+
+
+def _best(score: Tensor, k: int) -> Tensor:
+    """Indices of the k largest of each row in any order, lower index first among equals. [R, k]"""
+    if k == score.shape[1]:
+        return torch.arange(k, device=score.device).expand(score.shape[0], k)
+    # torch.topk breaks ties as it likes: one more element shows whether a tie crosses the boundary
+    values, indices = score.topk(k + 1, dim=-1)
+    indices = indices[:, :k]
+    torn = (values[:, k - 1] == values[:, k]).nonzero().squeeze(1)
+    if torn.numel():
+        indices[torn] = score[torn].sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    return indices
+
+
+def _topk_rows(score: Tensor, k: int) -> Tensor:
+    """The latents of each row's k best, ascending. score [R, F] -> [R, k] int64"""
+    R, F = score.shape
+    width = CPU_TILE
+    tiles = -(-F // width)
+    if k * width * 2 >= F:
+        return _best(score, k).sort(-1).values
+    chosen = _best(tile_maxima(score, width), k).sort(-1).values  # [R, k]
+    latents = (chosen[:, :, None] * width + torch.arange(width, device=score.device)).view(R, -1)  # ascending
+    if tiles * width == F:
+        rows = torch.arange(R, device=score.device)[:, None] * tiles
+        candidates = score.view(R * tiles, width).index_select(0, (chosen + rows).flatten()).view(R, -1)
+    else:
+        candidates = score.gather(1, latents.clamp(max=F - 1)).masked_fill_(latents >= F, float("-inf"))
+    return latents.gather(1, _best(candidates, k).sort(-1).values)
+
+
+def _select_torch(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, scale: Tensor | None, magnitude: bool
+) -> tuple[Tensor, Tensor]:
+    pre_out = x.new_empty(x.shape[0], k)
+    latents_out = torch.empty(x.shape[0], k, dtype=torch.int32, device=x.device)
+    for first, pre in row_blocks(x, W_enc, b_enc):
+        latents = _topk_rows(score_of(pre, scale, magnitude), k)
+        pre_out[first : first + pre.shape[0]] = pre.gather(1, latents)
+        latents_out[first : first + pre.shape[0]] = latents
+    return pre_out.flatten(), latents_out.flatten()
+
+
+# -------------------------------------------------------------------------------------------------------------- Triton
+
+
+@triton.jit
+def _ordered(score):
+    """fp32 -> int32 in the same order; -0 equals +0."""
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _topk_kernel(
+    chunk, maxima, bias, scale, keys, pre, K, first, C, stride_cn, stride_mn,
+    HAS_MAXIMA: tl.constexpr, HAS_SCALE: tl.constexpr, MAGNITUDE: tl.constexpr,
+    SLOTS: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    slot = tl.arange(0, SLOTS)
+    column = tl.arange(0, TILE)
+    row = chunk + n * stride_cn
+    LOWEST: tl.constexpr = -(2**63)
+    DONE: tl.constexpr = -(2**31)
+
+    # slots past K hold the highest key, so that they are never the worst
+    best = tl.load(keys + n * K + slot, mask=slot < K, other=2**63 - 1)
+    best_pre = tl.load(pre + n * K + slot, mask=slot < K, other=0.0)
+    worst = tl.min(best)
+
+    t = tl.arange(0, TILES)
+    if HAS_MAXIMA:
+        highest = tl.load(maxima + n * stride_mn + t, mask=t * TILE < C, other=float("-inf"))
+    else:
+        at = t[:, None] * TILE + column[None, :]
+        p = tl.load(row + at, mask=at < C, other=0.0) + tl.load(bias + first + at, mask=at < C, other=0.0).to(tl.float32)
+        if HAS_SCALE:
+            p = p * tl.load(scale + first + at, mask=at < C, other=0.0).to(tl.float32)
+        if MAGNITUDE:
+            p = tl.abs(p)
+        highest = tl.max(tl.where(at < C, p, float("-inf")), axis=1)
+    remaining = tl.where(t * TILE < C, _ordered(highest), DONE)  # tiles not opened yet
+    top = tl.max(remaining)
+
+    # ">=": among equal scores a lower latent of an unopened tile still wins
+    while (top > DONE) & (top.to(tl.int64) >= (worst >> 32)):
+        opened = tl.min(tl.where(remaining == top, t, TILES))
+        at = opened * TILE + column
+        p = tl.load(row + at, mask=at < C, other=0.0)
+        if not HAS_MAXIMA:
+            p += tl.load(bias + first + at, mask=at < C, other=0.0).to(tl.float32)
+        score = p
+        if HAS_SCALE:
+            score = p * tl.load(scale + first + at, mask=at < C, other=0.0).to(tl.float32)
+        if MAGNITUDE:
+            score = tl.abs(score)
+        low = 4294967295 - (first + at).to(tl.int64)  # lower latent, larger key
+        candidates = tl.where(at < C, (_ordered(score).to(tl.int64) << 32) | low, LOWEST)
+        key = tl.max(candidates)
+        while key > worst:
+            entering = tl.sum(tl.where(candidates == key, p, 0.0))
+            best_pre = tl.where(best == worst, entering, best_pre)
+            best = tl.where(best == worst, key, best)
+            candidates = tl.where(candidates == key, LOWEST, candidates)
+            worst = tl.min(best)
+            key = tl.max(candidates)
+        remaining = tl.where(t == opened, DONE, remaining)
+        top = tl.max(remaining)
+
+    tl.store(keys + n * K + slot, best, mask=slot < K)
+    tl.store(pre + n * K + slot, best_pre, mask=slot < K)
+
+
+def chunk_gemm(x: Tensor, W: Tensor, out: Tensor) -> None:
+    """out = x @ W in fp32, by the vendor's GEMM."""
+    if x.is_cuda and x.dtype != torch.float32:
+        torch.mm(x, W, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(x.float(), W.float(), out=out)
+
+
+def stream_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, scale: Tensor | None, magnitude: bool, fused: bool
+) -> tuple[Tensor, Tensor]:
+    """(pre [N, k] in fp32, latents [N, k]), chunk by chunk on a GPU."""
+    N, F = x.shape[0], W_enc.shape[1]
+    width = min(CHUNK, F)
+    gemm_tile = tile("gemm_32" if x.dtype == torch.float32 else "gemm_16", x.device)
+    TILE = gemm_tile.constants["BLOCK_F"]
+    tiles = triton.cdiv(width, TILE)
+    buffer = torch.empty(N, width, dtype=torch.float32, device=x.device)
+    maxima = torch.empty(N, tiles, dtype=torch.float32, device=x.device) if fused else None
+    # unfilled slots: distinct keys below every real one
+    keys = (torch.iinfo(torch.int64).min + torch.arange(k, device=x.device)).repeat(N, 1)
+    pre = torch.zeros(N, k, dtype=torch.float32, device=x.device)
+    for first in range(0, F, CHUNK):
+        C = min(CHUNK, F - first)
+        columns = slice(first, first + C)
+        if fused:
+            gemm(
+                x, W_enc[:, columns].T, b_enc[columns], buffer[:, :C],
+                scale=None if scale is None else scale[columns], maxima=maxima, magnitude=magnitude,
+            )  # fmt: skip
+        else:
+            chunk_gemm(x, W_enc[:, columns], buffer[:, :C])
+        _topk_kernel[(N,)](
+            buffer, maxima, b_enc, scale, keys, pre, k, first, C, buffer.stride(0), 0 if maxima is None else maxima.stride(0),
+            HAS_MAXIMA=fused, HAS_SCALE=scale is not None, MAGNITUDE=magnitude,
+            SLOTS=triton.next_power_of_2(k), TILES=triton.next_power_of_2(tiles), TILE=TILE,
+            num_warps=tile("topk", x.device).warps,
+        )  # fmt: skip
+    latents, order = (0xFFFFFFFF - (keys & 0xFFFFFFFF)).sort(-1)
+    return pre.gather(1, order), latents.int()
+
+
+# Which GEMM feeds the row top-k on a GPU: the vendor's, or ours with tile maxima in its epilogue. Untuned.
+FUSED = False
+
+
+@op
+def select_topk_forward(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, scale: Tensor | None, magnitude: bool, fused: bool
+) -> tuple[Tensor, Tensor]:
+    if not x.shape[0]:
+        return x.new_empty(0), torch.empty(0, dtype=torch.int32, device=x.device)
+    if runs_triton(x):
+        pre, latents = stream_topk(x, W_enc, b_enc, k, scale, magnitude, fused)
+        return pre.flatten().to(x.dtype), latents.flatten()
+    return _select_torch(x, W_enc, b_enc, k, scale, magnitude)
+
+
+@select_topk_forward.register_fake
+def _(x, W_enc, b_enc, k, scale, magnitude, fused):
+    return x.new_empty(x.shape[0] * k), x.new_empty(x.shape[0] * k, dtype=torch.int32)
+
+
+def select_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    scale: Tensor | None = None,
+    magnitude: bool = False,
+    fused: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(pre [N·k], latents [N·k]) of each row's k best latents, latents ascending. No gradient: see encode.py.
+
+    `fused` picks the GEMM on a GPU: None for the one that measures faster, True for tile maxima in its epilogue.
+    """
+    check.encoder(x, W_enc, b_enc, select_scale=scale)
+    check.k_fits(k, W_enc.shape[1])
+    scale = None if scale is None else scale.detach()
+    fused = FUSED if fused is None else fused
+    return select_topk_forward(x.detach(), W_enc.detach(), b_enc.detach(), k, scale, magnitude, fused)

@@ -1,0 +1,128 @@
+"""Selections: exact against whole sorts on small-integer data, where every sum is exact and ties abound."""
+
+import pytest
+import torch
+
+from fastsae import kernels
+from fastsae.kernels import batch_topk, threshold, topk
+
+SHAPES = [  # N, D, F
+    (1, 1, 1),
+    (5, 3, 64),
+    (4, 8, 129),  # one over a tile
+    (3, 5, 1031),  # a prime
+    (2, 4, 4100),  # a second chunk with less in it than k
+    (6, 2, 700),
+]
+
+
+def integers(N, D, F, device, dtype=torch.float32, seed=0):
+    """Inputs whose products are exact in every dtype, so that equal scores are exactly equal."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *size: torch.randint(-2, 3, size, generator=generator).to(device, dtype)  # noqa: E731
+    scale = torch.randint(1, 3, (F,), generator=generator).to(device, dtype)
+    return draw(N, D), draw(F, D).T, draw(F), scale
+
+
+def same(got, expected):
+    for a, b in zip(got, expected, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("rank", ["pre", "scaled", "magnitude"])
+@pytest.mark.parametrize(("N", "D", "F"), SHAPES)
+def test_topk_is_exact(N, D, F, rank, fused, device, dtypes):
+    for dtype in dtypes:
+        x, W, b, scale = integers(N, D, F, device, dtype)
+        by = (scale if rank == "scaled" else None, rank == "magnitude")
+        for k in {1, min(7, F), min(F, 40), F if F < 200 else 5}:
+            same(kernels.select_topk(x, W, b, k, *by, fused=fused), kernels.select_topk_reference(x, W, b, k, *by))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("rank", ["pre", "scaled", "magnitude"])
+@pytest.mark.parametrize(("N", "D", "F"), SHAPES)
+def test_batch_topk_is_exact(N, D, F, rank, fused, device, dtypes):
+    for dtype in dtypes:
+        x, W, b, scale = integers(N, D, F, device, dtype)
+        x[0] *= 3  # one row owns far more than its share
+        by = (scale if rank == "scaled" else None, rank == "magnitude")
+        for k in {1, min(7, F), F if F < 200 else 5}:
+            got = kernels.select_batch_topk(x, W, b, k, *by, fused=fused)
+            same(got, kernels.select_batch_topk_reference(x, W, b, k, *by))
+
+
+def test_batch_topk_where_one_row_owns_everything(device):
+    x, W, b, _ = integers(6, 4, 300, device)
+    x[1:] = 0
+    got = kernels.select_batch_topk(x * 50, W, b * 0, 20)
+    same(got, kernels.select_batch_topk_reference(x * 50, W, b * 0, 20))
+
+
+@pytest.mark.parametrize(("N", "D", "F"), [*SHAPES, (20, 3, 5000)])
+def test_threshold_is_exact(N, D, F, device, dtypes):
+    for dtype in dtypes:
+        x, W, b, scale = integers(N, D, F, device, dtype)  # many pre-activations stand exactly at the threshold
+        same(kernels.select_threshold(x, W, b, scale), kernels.select_threshold_reference(x, W, b, scale))
+
+
+def test_threshold_beyond_its_first_pool(device):
+    """Everything fires: far over the capacity a sparse code is given at first."""
+    x, W, b, scale = integers(3, 2, 1500, device)
+    same(kernels.select_threshold(x, W, b, scale - 100), kernels.select_threshold_reference(x, W, b, scale - 100))
+
+
+def test_threshold_limit(device):
+    x, W, b, scale = integers(5, 3, 600, device)
+    E = kernels.select_threshold_reference(x, W, b, scale)[0].shape[0]
+    assert kernels.select_threshold(x, W, b, scale, limit=E - 1) is None
+    same(kernels.select_threshold(x, W, b, scale, limit=E), kernels.select_threshold_reference(x, W, b, scale))
+
+
+def test_no_rows(device):
+    x, W, b, scale = integers(0, 3, 9, device)
+    pre, latents = kernels.select_topk(x, W, b, 4)
+    assert pre.shape == latents.shape == (0,)
+    for pre, latents, offsets in (kernels.select_batch_topk(x, W, b, 4), kernels.select_threshold(x, W, b, scale)):
+        assert pre.shape == latents.shape == (0,) and offsets.tolist() == [0]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_ties_go_to_the_lower_latent(seed, device):
+    """1,000 rows full of ties, at every chunking: 100 a seed."""
+    x, W, b, scale = integers(100, 2, 200, device, seed=seed)
+    expected = kernels.select_topk_reference(x, W, b, 9, scale)
+    same(kernels.select_topk(x, W, b, 9, scale, fused=bool(seed % 2)), expected)
+
+
+@pytest.mark.parametrize("chunk", [128, 256, 640])
+def test_chunking_changes_nothing(chunk, device, monkeypatch):
+    x, W, b, scale = integers(6, 3, 1000, device)
+    for module in (topk, threshold):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(topk, "BLOCK_ELEMENTS", chunk * 7)
+    same(kernels.select_topk(x, W, b, 31), kernels.select_topk_reference(x, W, b, 31))
+    same(kernels.select_batch_topk(x, W, b, 31), kernels.select_batch_topk_reference(x, W, b, 31))
+    same(kernels.select_threshold(x, W, b, scale), kernels.select_threshold_reference(x, W, b, scale))
+
+
+def test_many_candidates_a_row_are_asked_for_only_where_needed(device, monkeypatch):
+    """With one candidate per k the batch cut comes up short in most rows, and is still exact."""
+    monkeypatch.setattr(batch_topk, "SPARE", 2)
+    x, W, b, _ = integers(8, 4, 500, device, seed=3)
+    same(kernels.select_batch_topk(x, W, b, 3), kernels.select_batch_topk_reference(x, W, b, 3))
+
+
+def test_nonzero_flat_finds_what_nonzero_finds():
+    for size in (0, 7, 1 << 16, (1 << 16) + 13):
+        mask = torch.rand(size) < 0.01
+        assert torch.equal(threshold.nonzero_flat(mask), mask.nonzero().squeeze(1))
+
+
+def test_rows_of_negative_zero_tie_with_zero(device):
+    """-0.0 and 0.0 are one score."""
+    W = torch.tensor([[0.0, -0.0, 0.0, -0.0]], device=device)
+    pre, latents = kernels.select_topk(torch.ones(1, 1, device=device), W, torch.full((4,), -0.0, device=device), 2)
+    assert latents.tolist() == [0, 1]
