@@ -65,7 +65,7 @@ def latent_backward_reference(
 # ---------------------------------------------------------------------------------------------------------- torch path
 
 
-def _dvalues_torch(g: Tensor, bags: Tensor, latents: Tensor, offsets: Tensor, W_dec: Tensor) -> Tensor:
+def _dots_torch(g: Tensor, bags: Tensor, latents: Tensor, offsets: Tensor, W_dec: Tensor) -> Tensor:
     E = latents.shape[0]
     if not E:
         return g.new_empty(0)
@@ -94,7 +94,7 @@ def _torch_path(order, starts, latents, offsets, levels, g, scale, values, W_dec
     sorted_bags = bags[order]
     dvalues = dW_dec = dW_enc = db_enc = None
     if g is not None:
-        dvalues = _dvalues_torch(g, bags, latents, offsets, W_dec)
+        dvalues = _dots_torch(g, bags, latents, offsets, W_dec)
         weights = values
         if scale is not None:
             dvalues *= scale[bags]
@@ -220,7 +220,9 @@ def _add_parts_kernel(
 
 
 @triton.jit
-def _dvalues_kernel(g, scale, bags, latents, W_dec, dvalues, D, stride_g, stride_wf, stride_wd, HAS_SCALE: tl.constexpr, BLOCK_D: tl.constexpr):
+def _dots_kernel(
+    g, scale, bags, latents, W_dec, dvalues, D, stride_g, stride_wf, stride_wd, HAS_SCALE: tl.constexpr, BLOCK_D: tl.constexpr
+):
     e = tl.program_id(0).to(tl.int64)
     bag, f = tl.load(bags + e).to(tl.int64), tl.load(latents + e).to(tl.int64)
     total = tl.zeros([BLOCK_D], dtype=tl.float32)
@@ -253,6 +255,16 @@ def _work_items(starts: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor, Tensor,
     return latent_of.int(), part_of.int(), slot_of.int(), parts.int(), longest.int()
 
 
+def _dots_triton(g: Tensor, scale: Tensor | None, bags: Tensor, latents: Tensor, W_dec: Tensor, dvalues: Tensor) -> None:
+    D = g.shape[1]
+    chosen = tile("decode", g.device, D)
+    if dvalues.shape[0]:
+        _dots_kernel[(dvalues.shape[0],)](
+            g, scale, bags, latents, W_dec, dvalues, D, g.stride(0), *W_dec.stride(), HAS_SCALE=scale is not None,
+            BLOCK_D=min(chosen.constants["BLOCK_D"], triton.next_power_of_2(D)), num_warps=chosen.warps,
+        )  # fmt: skip
+
+
 def _triton_path(order, starts, latents, offsets, levels, g, scale, values, W_dec, x, direct, jac):
     E, F = latents.shape[0], starts.shape[0] - 1
     decoder, encoder = g is not None, x is not None
@@ -272,11 +284,8 @@ def _triton_path(order, starts, latents, offsets, levels, g, scale, values, W_de
     slices = triton.cdiv(widest, BLOCK_D)
     stride_g, stride_x = (0 if t is None else t.stride(0) for t in (g, x))
     stride_wf, stride_wd = W_dec.stride() if decoder else (0, 0)
-    if decoder and slices > 1 and E:  # a row no longer fits one program: dot products first
-        _dvalues_kernel[(E,)](
-            g, scale, bags, latents, W_dec, dvalues, D_out, stride_g, stride_wf, stride_wd,
-            HAS_SCALE=scale is not None, BLOCK_D=1024, num_warps=4,
-        )  # fmt: skip
+    if decoder and slices > 1:  # a row no longer fits one program: dot products first
+        _dots_triton(g, scale, bags, latents, W_dec, dvalues)
 
     splits = E > SPLIT
     latent_of = part_of = slot_of = parts = longest = None
@@ -336,6 +345,35 @@ def latent_backward(
         order, starts, latents, offsets, levels, g, scale, values, W_dec, x, direct, jac
     )
     return *((None, None) if g is None else (dvalues, dW_dec)), *((None, None) if x is None else (dW_enc, db_enc))
+
+
+@op
+def entry_dots_op(g: Tensor, scale: Tensor | None, latents: Tensor, offsets: Tensor, W_dec: Tensor) -> Tensor:
+    bags = bag_of_entries(offsets, latents.shape[0])
+    if runs_triton(g):
+        dvalues = g.new_empty(latents.shape[0])
+        _dots_triton(g if g.stride(1) == 1 else g.contiguous(), scale, bags, latents, W_dec, dvalues)
+        return dvalues
+    dvalues = _dots_torch(g, bags, latents, offsets, W_dec)
+    return dvalues if scale is None else dvalues * scale[bags]
+
+
+@entry_dots_op.register_fake
+def _(g, scale, latents, offsets, W_dec):
+    return g.new_empty(latents.shape[0])
+
+
+def decoder_backward(
+    g: Tensor, scale: Tensor | None, values: Tensor, latents: Tensor, offsets: Tensor, W_dec: Tensor, levels: int,
+    by_latent: tuple[Tensor | None, Tensor | None], needs_weights: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(dvalues, dW_dec or None). With frozen weights there is nothing to sort and nothing of shape [F, D]."""
+    if not needs_weights:
+        return entry_dots_op(g, scale, latents, offsets, W_dec), None
+    order, starts = by_latent
+    if order is None or starts is None:
+        order, starts = sort_by_latent(latents, W_dec.shape[0])
+    return latent_backward(order, starts, latents, offsets, levels, g=g, scale=scale, values=values, W_dec=W_dec)[:2]
 
 
 def gather_latents_reference(parameter: Tensor, latents: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import check
 from .backend import op, runs_triton, tl, triton
-from .by_latent import bag_of_entries, latent_backward, segment_rows, sort_by_latent
+from .by_latent import bag_of_entries, decoder_backward, segment_rows
 from .tiles import tile
 
 
@@ -76,12 +76,10 @@ def _backward(ctx, g):
     needs_values, _, _, needs_W, needs_b, _, _ = ctx.needs_input_grad
     dvalues = dW = None
     if needs_values or needs_W:
-        g = g.contiguous()
-        if order is None:
-            order, starts = sort_by_latent(latents, W_dec.shape[0])
-        dvalues, dW, _, _ = latent_backward(order, starts, latents, offsets, g=g, values=values, W_dec=W_dec)
+        by_latent = (order, starts)
+        dvalues, dW = decoder_backward(g.contiguous(), None, values, latents, offsets, W_dec, 1, by_latent, needs_W)
     return (
-        dvalues if needs_values else None, None, None, dW if needs_W else None, g.sum(0) if needs_b else None, None, None,
+        dvalues if needs_values else None, None, None, dW, g.sum(0) if needs_b else None, None, None,
     )  # fmt: skip
 
 

@@ -89,16 +89,20 @@ def gemm(
     (N, D), F = x.shape, W.shape[0]
     chosen = tile("gemm_32" if x.dtype == torch.float32 else "gemm_16", x.device)
     blocks = chosen.constants
-    # the copy engine wants rows that are contiguous and 16-byte aligned
-    tma = has_tma(x.device) and all(
-        t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (x, W)
+    precision = dot_precision(x.dtype)
+    # the copy engine wants rows that are contiguous and 16-byte aligned; what it brings is laid out for tensor cores, and
+    # exact fp32 products, which have none, read it with 255 registers and spills on sm_90 (121 and none without it)
+    tma = (
+        has_tma(x.device)
+        and (x.dtype != torch.float32 or precision == "tf32")
+        and all(t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (x, W))
     )
     _gemm_kernel[(triton.cdiv(N, blocks["BLOCK_N"]) * triton.cdiv(F, blocks["BLOCK_F"]),)](
         TensorDescriptor.from_tensor(x, [blocks["BLOCK_N"], blocks["BLOCK_D"]]) if tma else x,
         TensorDescriptor.from_tensor(W, [blocks["BLOCK_F"], blocks["BLOCK_D"]]) if tma else W,
         bias, theta, scale, out, maxima, N, F, D, *x.stride(), *W.stride(), out.stride(0), 0 if maxima is None else maxima.stride(0),
         MAXIMA=maxima is not None, HAS_THETA=theta is not None, HAS_SCALE=scale is not None, MAGNITUDE=magnitude,
-        TMA=tma, PRECISION=dot_precision(x.dtype), **blocks, num_warps=chosen.warps, num_stages=chosen.stages,
+        TMA=tma, PRECISION=precision, **blocks, num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import check
 from .backend import accumulator, op, runs_triton, tl, triton
-from .by_latent import bag_of_entries, latent_backward, segment_rows, segment_sums, segment_sums_sorted, sort_by_latent
+from .by_latent import bag_of_entries, decoder_backward, segment_rows, segment_sums, segment_sums_sorted, sort_by_latent
 from .tiles import tile
 
 
@@ -123,8 +123,6 @@ def _backward(ctx, g_error, g_sse, g_l1):
     values, latents, bounds, W_dec, weight, order, starts, error = ctx.saved_tensors
     needs = ctx.needs_input_grad
     N, levels, D = error.shape
-    if order is None:
-        order, starts = sort_by_latent(latents, W_dec.shape[0])
     scale = None
     if g_error is None and levels == 1:
         # the usual case: no gradient tensor, the error itself is read with a scale per row
@@ -139,18 +137,18 @@ def _backward(ctx, g_error, g_sse, g_l1):
         g = g.flip(1).cumsum(1).flip(1).reshape(N * levels, D)
         by_row = g.view(N, levels, D)[:, 0]
         db = by_row.sum(0) if needs[4] else None
-    dvalues, dW, _, _ = latent_backward(
-        order, starts, latents, bounds, levels, g=g, scale=scale, values=values, W_dec=W_dec
-    )
+    dvalues, dW = decoder_backward(g, scale, values, latents, bounds, W_dec, levels, (order, starts), needs[3])
     dweight = None
     if g_l1 is not None:
         rows = bag_of_entries(bounds, latents.shape[0]) // levels
         slope = g_l1.to(values.dtype)[rows]
         dvalues = dvalues + slope * values.sign() * (1 if weight is None else weight[latents])
         if weight is not None and needs[6]:
+            if order is None:
+                order, starts = sort_by_latent(latents, W_dec.shape[0])
             dweight = segment_sums(slope * values.abs(), order, starts)
     return (
-        dvalues, None, None, dW if needs[3] else None, db, -by_row if needs[5] else None, dweight, None, None,
+        dvalues, None, None, dW, db, -by_row if needs[5] else None, dweight, None, None,
     )  # fmt: skip
 
 

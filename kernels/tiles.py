@@ -27,8 +27,15 @@ _GEMM_32 = Tile({"BLOCK_N": 64, "BLOCK_F": 128, "BLOCK_D": 32, "GROUP_N": 8}, wa
 TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     "gemm_16": {"any": (_GEMM_16,)},
     "gemm_32": {"any": (_GEMM_32,)},
-    # one program keeps `k` running keys and one tile of scores; a second dimension of 32 tiles is reduced once per chunk
-    "topk": {"any": (Tile({}, warps=4),)},
+    # one program keeps its row's k best keys in registers: the width is k, the warps keep it at 16 keys a thread. Above
+    # 8192, which only a batch top-k's repair of a very skewed batch asks for, it spills some bytes and still runs
+    "topk": {
+        "any": (
+            Tile({}, warps=4, width=1024, why="untuned: compiled clean, 80 registers on sm_90 for 1024"),
+            Tile({}, warps=8, width=4096, why="untuned: compiled clean, 114 registers on sm_90 for 4096"),
+            Tile({}, warps=16, why="untuned: compiled clean, 114 registers on sm_90 for 8192"),
+        )
+    },
     "threshold": {"any": (Tile({"BLOCK": 1024}, warps=4),)},
     "decode": {
         "any": (

@@ -149,13 +149,16 @@ def _topk_kernel(
     if HAS_MAXIMA:
         highest = tl.load(maxima + n * stride_mn + t, mask=t * TILE < C, other=float("-inf"))
     else:
-        at = t[:, None] * TILE + column[None, :]
-        p = tl.load(row + at, mask=at < C, other=0.0) + tl.load(bias + first + at, mask=at < C, other=0.0).to(tl.float32)
+        # names of their own: a variable of the loop below may not change its shape
+        all_at = t[:, None] * TILE + column[None, :]
+        in_chunk = all_at < C
+        scores = tl.load(row + all_at, mask=in_chunk, other=0.0)
+        scores += tl.load(bias + first + all_at, mask=in_chunk, other=0.0).to(tl.float32)
         if HAS_SCALE:
-            p = p * tl.load(scale + first + at, mask=at < C, other=0.0).to(tl.float32)
+            scores = scores * tl.load(scale + first + all_at, mask=in_chunk, other=0.0).to(tl.float32)
         if MAGNITUDE:
-            p = tl.abs(p)
-        highest = tl.max(tl.where(at < C, p, float("-inf")), axis=1)
+            scores = tl.abs(scores)
+        highest = tl.max(tl.where(in_chunk, scores, float("-inf")), axis=1)
     remaining = tl.where(t * TILE < C, _ordered(highest), DONE)  # tiles not opened yet
     top = tl.max(remaining)
 
@@ -224,7 +227,7 @@ def stream_topk(
             buffer, maxima, b_enc, scale, keys, pre, k, first, C, buffer.stride(0), 0 if maxima is None else maxima.stride(0),
             HAS_MAXIMA=fused, HAS_SCALE=scale is not None, MAGNITUDE=magnitude,
             SLOTS=triton.next_power_of_2(k), TILES=triton.next_power_of_2(tiles), TILE=TILE,
-            num_warps=tile("topk", x.device).warps,
+            num_warps=tile("topk", x.device, k).warps,
         )  # fmt: skip
     latents, order = (0xFFFFFFFF - (keys & 0xFFFFFFFF)).sort(-1)
     return pre.gather(1, order), latents.int()

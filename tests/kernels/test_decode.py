@@ -26,6 +26,19 @@ def test_matches_reference(N, D, F, E, device, dtypes):
         check_op(kernels.decode, kernels.decode_reference, (values, latents, offsets, W, b), [torch.randn(N, D, device=device)])
 
 
+@pytest.mark.parametrize(("N", "D", "F", "E"), [(5, 257, 7, 20), (3, 1100, 9, 12)])
+def test_frozen_weights_get_no_gradient_and_values_do(N, D, F, E, device, dtypes):
+    latents, offsets = random_code(N, F, E, device)
+    for dtype in dtypes:
+        W = torch.randn(F, D, device=device, dtype=dtype)
+        check_op(
+            lambda v, W=W: kernels.decode(v, latents, offsets, W.to(v.dtype)),
+            lambda v, W=W: kernels.decode_reference(v, latents, offsets, W.to(v.dtype)),
+            [torch.randn(len(latents), device=device, dtype=dtype)],
+            [torch.randn(N, D, device=device)],
+        )
+
+
 def test_no_rows_and_no_entries(device):
     W = torch.randn(6, 8, device=device, requires_grad=True)
     none = torch.empty(0, device=device)

@@ -30,28 +30,45 @@ def same(got, expected):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("rank", ["pre", "scaled", "magnitude"])
-@pytest.mark.parametrize(("N", "D", "F"), SHAPES)
-def test_topk_is_exact(N, D, F, rank, fused, device, dtypes):
-    for dtype in dtypes:
-        x, W, b, scale = integers(N, D, F, device, dtype)
-        by = (scale if rank == "scaled" else None, rank == "magnitude")
-        for k in {1, min(7, F), min(F, 40), F if F < 200 else 5}:
-            same(kernels.select_topk(x, W, b, k, *by, fused=fused), kernels.select_topk_reference(x, W, b, k, *by))
+RANKS = ["pre", "scaled", "magnitude"]
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("rank", ["pre", "scaled", "magnitude"])
+@pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize(("N", "D", "F"), SHAPES)
-def test_batch_topk_is_exact(N, D, F, rank, fused, device, dtypes):
-    for dtype in dtypes:
-        x, W, b, scale = integers(N, D, F, device, dtype)
-        x[0] *= 3  # one row owns far more than its share
+def test_topk_is_exact(N, D, F, rank, fused, device):
+    x, W, b, scale = integers(N, D, F, device)
+    by = (scale if rank == "scaled" else None, rank == "magnitude")
+    for k in {1, min(7, F), F if F < 130 else 33}:
+        same(kernels.select_topk(x, W, b, k, *by, fused=fused), kernels.select_topk_reference(x, W, b, k, *by))
+
+
+@pytest.mark.parametrize(("rank", "fused"), [("pre", False), ("scaled", True), ("magnitude", False)])
+@pytest.mark.parametrize(("N", "D", "F"), SHAPES[:-1])
+def test_batch_topk_is_exact(N, D, F, rank, fused, device):
+    x, W, b, scale = integers(N, D, F, device)
+    x[0] *= 3  # one row owns far more than its share
+    by = (scale if rank == "scaled" else None, rank == "magnitude")
+    for k in {1, min(7, F)}:
+        got = kernels.select_batch_topk(x, W, b, k, *by, fused=fused)
+        same(got, kernels.select_batch_topk_reference(x, W, b, k, *by))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("rank", RANKS)
+def test_16_bits_are_widened_before_selection(rank, fused, device, dtypes):
+    """Sums of about 300 are no longer whole in bf16: selection by rounded scores would see ties that are none."""
+    for dtype in dtypes[1:]:
+        x, W, b, scale = integers(3, 64, 200, device, dtype)
         by = (scale if rank == "scaled" else None, rank == "magnitude")
-        for k in {1, min(7, F), F if F < 200 else 5}:
-            got = kernels.select_batch_topk(x, W, b, k, *by, fused=fused)
-            same(got, kernels.select_batch_topk_reference(x, W, b, k, *by))
+        wide = [t.float() for t in (x, W, b)]
+        wide_by = (None if by[0] is None else by[0].float(), by[1])
+        for select, reference in (
+            (kernels.select_topk, kernels.select_topk_reference),
+            (kernels.select_batch_topk, kernels.select_batch_topk_reference),
+        ):
+            pre, *where = reference(*wide, 9, *wide_by)
+            same(select(x, W, b, 9, *by, fused=fused), (pre.to(dtype), *where))
 
 
 def test_batch_topk_where_one_row_owns_everything(device):
@@ -63,7 +80,7 @@ def test_batch_topk_where_one_row_owns_everything(device):
 
 @pytest.mark.parametrize(("N", "D", "F"), [*SHAPES, (20, 3, 5000)])
 def test_threshold_is_exact(N, D, F, device, dtypes):
-    for dtype in dtypes:
+    for dtype in dtypes[: 2 if N < 10 else 1]:
         x, W, b, scale = integers(N, D, F, device, dtype)  # many pre-activations stand exactly at the threshold
         same(kernels.select_threshold(x, W, b, scale), kernels.select_threshold_reference(x, W, b, scale))
 
@@ -92,19 +109,19 @@ def test_no_rows(device):
 @pytest.mark.parametrize("seed", range(10))
 def test_ties_go_to_the_lower_latent(seed, device):
     """1,000 rows full of ties, at every chunking: 100 a seed."""
-    x, W, b, scale = integers(100, 2, 200, device, seed=seed)
-    expected = kernels.select_topk_reference(x, W, b, 9, scale)
-    same(kernels.select_topk(x, W, b, 9, scale, fused=bool(seed % 2)), expected)
+    x, W, b, scale = integers(100, 2, 140, device, seed=seed)
+    expected = kernels.select_topk_reference(x, W, b, 5, scale)
+    same(kernels.select_topk(x, W, b, 5, scale, fused=bool(seed % 2)), expected)
 
 
-@pytest.mark.parametrize("chunk", [128, 256, 640])
+@pytest.mark.parametrize("chunk", [128, 384])
 def test_chunking_changes_nothing(chunk, device, monkeypatch):
-    x, W, b, scale = integers(6, 3, 1000, device)
+    x, W, b, scale = integers(4, 3, 700, device)
     for module in (topk, threshold):
         monkeypatch.setattr(module, "CHUNK", chunk)
     monkeypatch.setattr(topk, "BLOCK_ELEMENTS", chunk * 7)
-    same(kernels.select_topk(x, W, b, 31), kernels.select_topk_reference(x, W, b, 31))
-    same(kernels.select_batch_topk(x, W, b, 31), kernels.select_batch_topk_reference(x, W, b, 31))
+    same(kernels.select_topk(x, W, b, 11), kernels.select_topk_reference(x, W, b, 11))
+    same(kernels.select_batch_topk(x, W, b, 11), kernels.select_batch_topk_reference(x, W, b, 11))
     same(kernels.select_threshold(x, W, b, scale), kernels.select_threshold_reference(x, W, b, scale))
 
 
