@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import kernels
 from .kernels import check
-from .kernels.topk import BLOCK_ELEMENTS, row_blocks
+from .kernels.scores import BLOCK_ELEMENTS, row_blocks
 from .sparse_code import SparseCode
 
 # Above this share of active entries gathering loses to the dense GEMM (0.38 % from bandwidth and FLOP/s of an H100).

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from . import check
 from .backend import accumulator, op, runs_triton
-from .topk import CPU_TILE, FUSED, row_blocks, score_of, stream_topk, tile_maxima
+from .scores import row_blocks
+from .topk import CPU_TILE, FUSED, score_of, stream_topk, tile_maxima
 
 SPARE = 4  # candidates a row keeps on a GPU, in units of k; untuned
 

@@ -305,9 +305,11 @@ def _triton_path(order, starts, latents, offsets, levels, g, scale, values, W_de
         SPLITS=splits, SPLIT=SPLIT, BLOCK_D=BLOCK_D, num_warps=chosen.warps,
     )  # fmt: skip
     if splits:
-        _add_parts_kernel[(longest.shape[0], slices)](
+        adding = tile("decode", like.device, widest)  # plain sums need not hold whole rows, which spills at 8192
+        BLOCK_D = min(adding.constants["BLOCK_D"], triton.next_power_of_2(widest))
+        _add_parts_kernel[(longest.shape[0], triton.cdiv(widest, BLOCK_D))](
             longest, parts, slot_of, partial_dec, partial_enc, partial_b, dW_dec, dW_enc, db_enc, D_out, D_in,
-            DECODER=decoder, ENCODER=encoder, BLOCK_D=BLOCK_D, num_warps=chosen.warps,
+            DECODER=decoder, ENCODER=encoder, BLOCK_D=BLOCK_D, num_warps=adding.warps,
         )  # fmt: skip
     return dvalues, dW_dec, dW_enc, db_enc
 

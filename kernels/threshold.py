@@ -18,8 +18,8 @@ from torch import Tensor
 
 from . import check
 from .backend import op, runs_triton, tl, triton
+from .scores import CHUNK, chunk_gemm, row_blocks
 from .tiles import tile
-from .topk import CHUNK, chunk_gemm, row_blocks
 
 
 def select_threshold_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:

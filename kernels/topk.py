@@ -13,18 +13,15 @@ about k (1 + ln(F / CHUNK)) of them a row. On a CPU rows come by blocks, and of 
 maxima are searched: they hold the k largest, since an element outside them is beaten by k tile maxima.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from . import check
-from .backend import accumulator, op, runs_triton, tl, triton
+from .backend import op, runs_triton, tl, triton
 from .dense_encode import gemm
+from .scores import CHUNK, chunk_gemm, row_blocks
 from .tiles import tile
 
-CHUNK = 4096  # latents per chunk on a GPU: 134 MB of fp32 scores at N = 8192
-BLOCK_ELEMENTS = 1 << 24  # scores per block of rows on a CPU: 64 MB, so that the GEMM sees some hundred rows
 CPU_TILE = 64  # measured: 32, 64, 128 within noise of each other at F 24,576, k 32
 
 
@@ -46,25 +43,6 @@ def select_topk_reference(
 
 
 # ---------------------------------------------------------------------------------------------------------- torch path
-
-
-def row_blocks(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(first row, pre-activations [R, F]) by blocks of rows, in one buffer that each step overwrites."""
-    N, F = x.shape[0], W_enc.shape[1]
-    blocks = max(1, -(-N * F // BLOCK_ELEMENTS))
-    rows = min(max(1, -(-N // blocks)), max(1, BLOCK_ELEMENTS // F))
-    wide = accumulator(x.dtype)
-    buffer = torch.empty(min(rows, N), F, dtype=wide, device=x.device)
-    for first in range(0, N, rows):
-        part = x[first : first + rows]
-        pre = buffer[: part.shape[0]]
-        if x.dtype == wide:
-            torch.addmm(b_enc, part, W_enc, out=pre)
-        else:  # 16 bits: widen the operands chunk by chunk, since a 16-bit GEMM would round before selection
-            for f in range(0, F, CHUNK):
-                columns = slice(f, f + CHUNK)
-                torch.addmm(b_enc[columns].to(wide), part.to(wide), W_enc[:, columns].to(wide), out=pre[:, columns])
-        yield first, pre
 
 
 def tile_maxima(score: Tensor, width: int) -> Tensor:
@@ -189,14 +167,6 @@ def _topk_kernel(
 
     tl.store(keys + n * K + slot, best, mask=slot < K)
     tl.store(pre + n * K + slot, best_pre, mask=slot < K)
-
-
-def chunk_gemm(x: Tensor, W: Tensor, out: Tensor) -> None:
-    """out = x @ W in fp32, by the vendor's GEMM."""
-    if x.is_cuda and x.dtype != torch.float32:
-        torch.mm(x, W, out_dtype=torch.float32, out=out)
-    else:
-        torch.mm(x.float(), W.float(), out=out)
 
 
 def stream_topk(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastsae import kernels
-from fastsae.kernels import batch_topk, threshold, topk
+from fastsae.kernels import batch_topk, scores, threshold, topk
 
 SHAPES = [  # N, D, F
     (1, 1, 1),
@@ -119,10 +119,20 @@ def test_chunking_changes_nothing(chunk, device, monkeypatch):
     x, W, b, scale = integers(4, 3, 700, device)
     for module in (topk, threshold):
         monkeypatch.setattr(module, "CHUNK", chunk)
-    monkeypatch.setattr(topk, "BLOCK_ELEMENTS", chunk * 7)
+    monkeypatch.setattr(scores, "BLOCK_ELEMENTS", chunk * 7)
     same(kernels.select_topk(x, W, b, 11), kernels.select_topk_reference(x, W, b, 11))
     same(kernels.select_batch_topk(x, W, b, 11), kernels.select_batch_topk_reference(x, W, b, 11))
     same(kernels.select_threshold(x, W, b, scale), kernels.select_threshold_reference(x, W, b, scale))
+
+
+@pytest.mark.parametrize("N", [1, 2, 3, 8, 9, 32, 33])
+@pytest.mark.parametrize("F", [8192, 8200])
+@pytest.mark.parametrize("latent_major", [True, False])
+def test_few_rows_take_other_gemms_to_the_same_scores(N, F, latent_major):
+    x, W, b, _ = integers(N, 5, F, "cpu")
+    W = W if latent_major else W.contiguous()
+    ((first, pre),) = scores.row_blocks(x, W, b)
+    assert first == 0 and torch.equal(pre, x @ W + b)
 
 
 def test_many_candidates_a_row_are_asked_for_only_where_needed(device, monkeypatch):
