@@ -10,6 +10,20 @@ if not torch.cuda.is_available():
 
 from fastsae.kernels import backend
 
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # kernel tests also run where only torch and pytest are
+    pass
+else:
+    settings.register_profile(
+        "fastsae",
+        max_examples=int(os.environ.get("FASTSAE_EXAMPLES", "25")),
+        derandomize=True,
+        deadline=None,  # the interpreter is slow
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],  # `device` holds for all examples
+    )
+    settings.load_profile("fastsae")
+
 
 @pytest.fixture(autouse=True)
 def seeded_and_poisoned(monkeypatch):
