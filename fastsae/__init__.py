@@ -17,7 +17,6 @@ _HOME = {
 }
 _MODULES = ("activations", "functional", "kernels", "sae", "sparse_code")
 
-__all__ = [*_HOME, *_MODULES]
 
 
 def __getattr__(name: str):
@@ -29,4 +28,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted((*_HOME, *_MODULES))

@@ -6,6 +6,7 @@ where the value is not relu(pre).
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +27,14 @@ class Activation(nn.Module):
         """The entries of pre [R, F] that fire."""
         raise NotImplementedError(f"{type(self).__name__} defines neither select nor encode: define one")
 
-    def encode(
-        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, select_scale: Tensor | None = None, limit: int | None = None
-    ) -> SparseCode | None:
-        """The code of pre-activations. None if it would exceed `limit` entries and a dense path is open."""
-        if select_scale is not None:
-            raise ValueError(f"{type(self).__name__} does not rank latents: select_scale has no meaning for it")
+    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, select_scale: Tensor | None = None) -> SparseCode:
+        """The code of pre-activations; `select_scale` [F] changes how latents are ranked."""
+        _no_ranking(self, select_scale)
         return functional.encode_selected(x, W_enc, b_enc, self.select)
+
+    def encode_within(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, limit: int) -> SparseCode | None:
+        """The same, or None: more than `limit` entries, and `activate` is all there is to it, so a dense path is exact."""
+        return self.encode(x, W_enc, b_enc)
 
     def activate(self, pre: Tensor, at: At, b_enc: Tensor) -> Tensor:
         """Element-wise, pre-activations of firing entries to values; `at` brings a per-latent tensor to pre's shape."""
@@ -41,8 +43,12 @@ class Activation(nn.Module):
     def dense(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
         """All activations [..., F]."""
         code = self.encode(x, W_enc, b_enc)
-        assert code is not None  # no limit was given
         return code.with_values(self.activate(code.values, gather(code), b_enc)).dense()
+
+
+def _no_ranking(activation: Activation, select_scale: Tensor | None) -> None:
+    if select_scale is not None:
+        raise ValueError(f"{type(activation).__name__} does not rank latents: select_scale has no meaning for it; drop it")
 
 
 def gather(code: SparseCode) -> At:
@@ -60,10 +66,10 @@ class TopK(Activation):
         super().__init__()
         self.k = k
 
-    def attach(self, d_sae, device=None, dtype=None):
+    def attach(self, d_sae: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         check.k_fits(self.k, d_sae)
 
-    def encode(self, x, W_enc, b_enc, select_scale=None, limit=None):
+    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, select_scale: Tensor | None = None) -> SparseCode:
         return functional.encode_topk(x, W_enc, b_enc, self.k, select_scale)
 
     def extra_repr(self) -> str:
@@ -73,17 +79,17 @@ class TopK(Activation):
 class AbsTopK(TopK):
     """Each row's k largest in magnitude, signs kept."""
 
-    def encode(self, x, W_enc, b_enc, select_scale=None, limit=None):
+    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, select_scale: Tensor | None = None) -> SparseCode:
         return functional.encode_topk(x, W_enc, b_enc, self.k, select_scale, magnitude=True)
 
-    def activate(self, pre, at, b_enc):
+    def activate(self, pre: Tensor, at: At, b_enc: Tensor) -> Tensor:
         return pre
 
 
 class BatchTopK(TopK):
     """The batch's N·k largest pre-activations, then relu. The batch is all rows of the call."""
 
-    def encode(self, x, W_enc, b_enc, select_scale=None, limit=None):
+    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, select_scale: Tensor | None = None) -> SparseCode:
         return functional.encode_batch_topk(x, W_enc, b_enc, self.k, select_scale)
 
 
@@ -93,22 +99,24 @@ class _Threshold(Activation):
     def threshold(self, b_enc: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def encode(self, x, W_enc, b_enc, select_scale=None, limit=None):
-        if select_scale is not None:
-            raise ValueError(f"{type(self).__name__} does not rank latents: select_scale has no meaning for it")
+    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, select_scale: Tensor | None = None) -> SparseCode:
+        _no_ranking(self, select_scale)
+        return functional.encode_threshold(x, W_enc, b_enc, self.threshold(b_enc))
+
+    def encode_within(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, limit: int) -> SparseCode | None:
         return functional.encode_threshold(x, W_enc, b_enc, self.threshold(b_enc), limit)
 
-    def dense(self, x, W_enc, b_enc):
+    def dense(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
         return self.activate(x @ W_enc + b_enc, lambda parameter: parameter, b_enc)
 
 
 class ReLU(_Threshold):
     """Every positive pre-activation."""
 
-    def threshold(self, b_enc):
+    def threshold(self, b_enc: Tensor) -> Tensor:
         return torch.zeros_like(b_enc)
 
-    def dense(self, x, W_enc, b_enc):
+    def dense(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
         return functional.dense_encode(x, W_enc, b_enc)
 
 
@@ -116,16 +124,17 @@ class _Jump(torch.autograd.Function):
     """pre · 1[pre > theta], with straight-through estimates inside a window of `bandwidth` around theta."""
 
     @staticmethod
-    def forward(pre, theta, bandwidth, to_input):
+    def forward(pre: Tensor, theta: Tensor, bandwidth: float, to_input: bool) -> Tensor:
         return pre * (pre > theta)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float, bool], output: Tensor) -> None:
         pre, theta, ctx.bandwidth, ctx.to_input = inputs
         ctx.save_for_backward(pre, theta)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (g,) = grad_outputs
         pre, theta = ctx.saved_tensors
         window = ((pre - theta).abs() < ctx.bandwidth / 2) * (theta / ctx.bandwidth)
         return g * ((pre > theta) + window if ctx.to_input else pre > theta), -(g * window), None, None
@@ -149,20 +158,20 @@ class JumpReLU(_Threshold):
             raise ValueError(f"bandwidth={bandwidth}: pass a width > 0")
         self.initial_theta, self.bandwidth, self.ste_to_input = theta, bandwidth, ste_to_input
 
-    def attach(self, d_sae, device=None, dtype=None):
+    def attach(self, d_sae: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         self.theta = nn.Parameter(torch.full((d_sae,), self.initial_theta, device=device, dtype=dtype))
 
-    def threshold(self, b_enc):
+    def threshold(self, b_enc: Tensor) -> Tensor:
         check.non_negative("theta", self.theta)
         window = self.bandwidth / 2 if self.training and torch.is_grad_enabled() else 0.0
         return self.theta.detach() - window
 
-    def dense(self, x, W_enc, b_enc):
+    def dense(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
         if torch.is_grad_enabled():  # the fused GEMM keeps no pre-activations, which theta's gradient needs
             return super().dense(x, W_enc, b_enc)
         return functional.dense_encode(x, W_enc, b_enc, self.theta)
 
-    def activate(self, pre, at, b_enc):
+    def activate(self, pre: Tensor, at: At, b_enc: Tensor) -> Tensor:
         return _Jump.apply(pre, at(self.theta), self.bandwidth, self.ste_to_input)
 
     def extra_repr(self) -> str:
@@ -175,12 +184,12 @@ class Gated(_Threshold):
     r_mag: nn.Parameter
     b_mag: nn.Parameter
 
-    def attach(self, d_sae, device=None, dtype=None):
+    def attach(self, d_sae: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         self.r_mag = nn.Parameter(torch.zeros(d_sae, device=device, dtype=dtype))
         self.b_mag = nn.Parameter(torch.zeros(d_sae, device=device, dtype=dtype))
 
-    def threshold(self, b_enc):
+    def threshold(self, b_enc: Tensor) -> Tensor:
         return torch.zeros_like(b_enc)
 
-    def activate(self, pre, at, b_enc):
+    def activate(self, pre: Tensor, at: At, b_enc: Tensor) -> Tensor:
         return ((pre - at(b_enc)) * at(self.r_mag).exp() + at(self.b_mag)).relu() * (pre > 0)

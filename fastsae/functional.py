@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -59,6 +59,10 @@ def encode_batch_topk(
     return _code(x, W_enc, b_enc, *kernels.select_batch_topk(_rows(x), W_enc, b_enc, k, select_scale, magnitude))
 
 
+@overload
+def encode_threshold(x: Tensor, W_enc: Tensor, b_enc: Tensor, theta: Tensor) -> SparseCode: ...
+@overload
+def encode_threshold(x: Tensor, W_enc: Tensor, b_enc: Tensor, theta: Tensor, limit: int) -> SparseCode | None: ...
 def encode_threshold(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, theta: Tensor, limit: int | None = None
 ) -> SparseCode | None:

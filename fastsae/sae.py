@@ -34,20 +34,22 @@ class SAE(nn.Module):
         if self.apply_b_dec_to_input and self.d_out != d_in:
             raise ValueError(f"apply_b_dec_to_input needs d_out == d_in, got {self.d_out} and {d_in}: pass False")
 
-        where = {"device": device, "dtype": dtype}
-        W_dec = nn.init.kaiming_uniform_(torch.empty(d_sae, self.d_out, **where))
+        def empty(*size: int) -> Tensor:
+            return torch.empty(*size, device=device, dtype=dtype)
+
+        W_dec = nn.init.kaiming_uniform_(empty(d_sae, self.d_out))
         W_dec *= decoder_norm / W_dec.norm(dim=1, keepdim=True)
-        encoder = W_dec.clone() if self.d_out == d_in else nn.init.kaiming_uniform_(torch.empty(d_sae, d_in, **where))
+        encoder = W_dec.clone() if self.d_out == d_in else nn.init.kaiming_uniform_(empty(d_sae, d_in))
         self.W_enc = nn.Parameter(encoder.T)  # [d_in, d_sae], in memory latent by latent like W_dec
         self.W_dec = nn.Parameter(W_dec)
-        self.b_enc = nn.Parameter(torch.zeros(d_sae, **where))
-        self.b_dec = nn.Parameter(torch.zeros(self.d_out, **where))
-        self.W_skip = nn.Parameter(torch.zeros(self.d_out, d_in, **where)) if skip else None
+        self.b_enc = nn.Parameter(empty(d_sae).zero_())
+        self.b_dec = nn.Parameter(empty(self.d_out).zero_())
+        self.W_skip = nn.Parameter(empty(self.d_out, d_in).zero_()) if skip else None
         self.activation = activation
-        activation.attach(d_sae, **where)
-        self.register_load_state_dict_post_hook(lambda module, _: module._latent_major())
+        activation.attach(d_sae, device, dtype)
+        self.register_load_state_dict_post_hook(SAE._latent_major)
 
-    def _latent_major(self) -> None:
+    def _latent_major(self, *_: object) -> None:
         """Loading with assign=True brings whatever layout the file had; gradients and kernels want one latent's row whole."""
         if self.W_enc.stride(0) != 1:
             self.W_enc = nn.Parameter(self.W_enc.detach().T.contiguous().T, self.W_enc.requires_grad)
@@ -63,14 +65,12 @@ class SAE(nn.Module):
             )
         return x - self.b_dec if self.apply_b_dec_to_input else x
 
-    def _encode(self, x: Tensor, limit: int | None = None) -> SparseCode | None:
-        code = self.activation.encode(self._input(x), self.W_enc, self.b_enc, limit=limit)
-        return None if code is None else code.with_values(self.activation.activate(code.values, gather(code), self.b_enc))
+    def _activate(self, code: SparseCode) -> SparseCode:
+        return code.with_values(self.activation.activate(code.values, gather(code), self.b_enc))
 
     def encode_sparse(self, x: Tensor, latents: Tensor | None = None) -> SparseCode:
         """The code of x [..., d_in]; with `latents`, only the entries of these, under their own ids."""
-        code = self._encode(x)
-        assert code is not None  # no limit was given
+        code = self._activate(self.activation.encode(self._input(x), self.W_enc, self.b_enc))
         return code if latents is None else code.restrict(latents)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -85,15 +85,18 @@ class SAE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruct x [..., d_in] without ever building [..., d_sae]."""
-        # where the number of entries is open, a code that turns out dense takes the chunked dense path
-        limit = None if torch.compiler.is_compiling() else int(x.numel() // self.d_in * self.d_sae * functional.SPARSE_BELOW)
-        code = self._encode(x, limit)
+        centred = self._input(x)
+        if torch.compiler.is_compiling():  # a graph cannot branch on how many entries there are
+            code = self.activation.encode(centred, self.W_enc, self.b_enc)
+        else:
+            limit = int(x.numel() // self.d_in * self.d_sae * functional.SPARSE_BELOW)
+            code = self.activation.encode_within(centred, self.W_enc, self.b_enc, limit)
         if code is None:
             y, _ = functional.reconstruct_dense(
-                self._input(x), self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.activation.activate
+                centred, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.activation.activate
             )
         else:
-            y = self.decode(code)
+            y = self.decode(self._activate(code))
         return y if self.W_skip is None else y + x @ self.W_skip.T
 
     def extra_repr(self) -> str:

@@ -115,7 +115,7 @@ def select_batch_topk_forward(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, scale: Tensor | None, magnitude: bool, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not x.shape[0]:
-        return x.new_empty(0), *(torch.zeros(n, dtype=torch.int32, device=x.device) for n in (0, 1))
+        return x.new_empty(0), x.new_empty(0, dtype=torch.int32), x.new_zeros(1, dtype=torch.int32)
     if runs_triton(x):
         return _select_triton(x, W_enc, b_enc, k, scale, magnitude, fused)
     return _select_torch(x, W_enc, b_enc, k, scale, magnitude)

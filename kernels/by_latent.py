@@ -323,18 +323,22 @@ def latent_backward_op(
     g: Tensor | None, scale: Tensor | None, values: Tensor | None, W_dec: Tensor | None,
     x: Tensor | None, direct: Tensor | None, jac: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    like = g if g is not None else x
+    like = values if values is not None else direct
     path = _triton_path if runs_triton(like) else _torch_path
-    outputs = path(order, starts, latents, offsets, levels, g, scale, values, W_dec, x, direct, jac)
-    return tuple(like.new_empty(0) if t is None else t for t in outputs)
+    dvalues, dW_dec, dW_enc, db_enc = path(order, starts, latents, offsets, levels, g, scale, values, W_dec, x, direct, jac)
+
+    def some(t: Tensor | None) -> Tensor:  # an operator returns tensors: the half that was not asked for is empty
+        return like.new_empty(0) if t is None else t
+
+    return some(dvalues), some(dW_dec), some(dW_enc), some(db_enc)
 
 
 @latent_backward_op.register_fake
 def _(order, starts, latents, offsets, levels, g, scale, values, W_dec, x, direct, jac):
-    like, F, E = (g if g is not None else x), starts.shape[0] - 1, latents.shape[0]
-    decoder = (like.new_empty(0),) * 2 if g is None else (like.new_empty(E), like.new_empty(F, g.shape[1]))
-    encoder = (like.new_empty(0),) * 2 if x is None else (like.new_empty(F, x.shape[1]), like.new_empty(F))
-    return *(t.clone() for t in decoder), *(t.clone() for t in encoder)
+    new, F, E = (values if values is not None else direct).new_empty, starts.shape[0] - 1, latents.shape[0]
+    decoder = (new(0), new(0)) if g is None else (new(E), new(F, g.shape[1]))
+    encoder = (new(0), new(0)) if x is None else (new(F, x.shape[1]), new(F))
+    return *decoder, *encoder
 
 
 def latent_backward(
@@ -346,7 +350,9 @@ def latent_backward(
     dvalues, dW_dec, dW_enc, db_enc = latent_backward_op(
         order, starts, latents, offsets, levels, g, scale, values, W_dec, x, direct, jac
     )
-    return *((None, None) if g is None else (dvalues, dW_dec)), *((None, None) if x is None else (dW_enc, db_enc))
+    if g is None:
+        return None, None, dW_enc, db_enc
+    return (dvalues, dW_dec, None, None) if x is None else (dvalues, dW_dec, dW_enc, db_enc)
 
 
 @op
@@ -375,7 +381,10 @@ def decoder_backward(
     order, starts = by_latent
     if order is None or starts is None:
         order, starts = sort_by_latent(latents, W_dec.shape[0])
-    return latent_backward(order, starts, latents, offsets, levels, g=g, scale=scale, values=values, W_dec=W_dec)[:2]
+    dvalues, dW_dec, _, _ = latent_backward_op(
+        order, starts, latents, offsets, levels, g, scale, values, W_dec, None, None, None
+    )
+    return dvalues, dW_dec
 
 
 def gather_latents_reference(parameter: Tensor, latents: Tensor) -> Tensor:

@@ -19,11 +19,11 @@ def floating(**tensors: Tensor | None) -> None:
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} is a {type(t).__name__}: pass a torch.Tensor")
         if t.dtype not in DTYPES:
-            raise TypeError(f"{name} is {t.dtype}: pass float32, bfloat16, float16 or float64, for example {name}.float()")
+            raise TypeError(f"{name} is {t.dtype}: pass float32, bfloat16, float16 or float64, e.g. {name}.float()")
         if first is None:
             first_name, first = name, t
         elif t.dtype != first.dtype:
-            raise TypeError(f"{name} is {t.dtype} but {first_name} is {first.dtype}: convert one, e.g. {name}.to({first.dtype})")
+            raise TypeError(f"{name} is {t.dtype} but {first_name} is {first.dtype}: convert one with .to()")
         elif t.device != first.device:
             raise ValueError(f"{name} is on {t.device} but {first_name} is on {first.device}: move one with .to()")
 

@@ -8,7 +8,6 @@ A dense matmul reads all F rows of W_dec per block of rows; this reads E. Rows a
 offsets[n] : offsets[n+1]. Backward is by_latent.py's decoder half, without an [N, F] tensor and without atomics.
 """
 
-import torch
 from torch import Tensor
 
 from . import check

@@ -49,10 +49,10 @@ def _gemm_kernel(
             a = x.load([n_tile * BLOCK_N, start])  # [BLOCK_N, BLOCK_D]
             w = W.load([f_tile * BLOCK_F, start])  # [BLOCK_F, BLOCK_D]
         else:
-            d = start + tl.arange(0, BLOCK_D).to(tl.int64)
-            inside = (d < D)[None, :]
-            a = tl.load(x + n.to(tl.int64)[:, None] * stride_xn + d[None, :] * stride_xd, mask=(n < N)[:, None] & inside, other=0.0)
-            w = tl.load(W + f.to(tl.int64)[:, None] * stride_wf + d[None, :] * stride_wd, mask=(f < F)[:, None] & inside, other=0.0)
+            d = (start + tl.arange(0, BLOCK_D).to(tl.int64))[None, :]
+            in_x, in_w = (n < N)[:, None] & (d < D), (f < F)[:, None] & (d < D)
+            a = tl.load(x + n.to(tl.int64)[:, None] * stride_xn + d * stride_xd, mask=in_x, other=0.0)
+            w = tl.load(W + f.to(tl.int64)[:, None] * stride_wf + d * stride_wd, mask=in_w, other=0.0)
         acc = tl.dot(a, w.T, acc, input_precision=PRECISION)
 
     live = (n < N)[:, None] & (f < F)[None, :]
@@ -100,7 +100,8 @@ def gemm(
     _gemm_kernel[(triton.cdiv(N, blocks["BLOCK_N"]) * triton.cdiv(F, blocks["BLOCK_F"]),)](
         TensorDescriptor.from_tensor(x, [blocks["BLOCK_N"], blocks["BLOCK_D"]]) if tma else x,
         TensorDescriptor.from_tensor(W, [blocks["BLOCK_F"], blocks["BLOCK_D"]]) if tma else W,
-        bias, theta, scale, out, maxima, N, F, D, *x.stride(), *W.stride(), out.stride(0), 0 if maxima is None else maxima.stride(0),
+        bias, theta, scale, out, maxima, N, F, D,
+        *x.stride(), *W.stride(), out.stride(0), 0 if maxima is None else maxima.stride(0),
         MAXIMA=maxima is not None, HAS_THETA=theta is not None, HAS_SCALE=scale is not None, MAGNITUDE=magnitude,
         TMA=tma, PRECISION=precision, **blocks, num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip

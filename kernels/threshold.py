@@ -61,15 +61,21 @@ def _select_torch(
 
 
 @triton.jit
+def _over(chunk, bias, theta, n, c, first, C, stride_cn):
+    """(pre, pre > theta) of columns c of row n of a chunk."""
+    inside = c < C
+    pre = tl.load(chunk + n * stride_cn + c, mask=inside, other=0.0)
+    pre += tl.load(bias + first + c, mask=inside, other=0.0).to(tl.float32)
+    return pre, inside & (pre > tl.load(theta + first + c, mask=inside, other=0.0).to(tl.float32))
+
+
+@triton.jit
 def _count_kernel(chunk, bias, theta, counts, first, C, stride_cn, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK], dtype=tl.int32)
     for start in range(0, C, BLOCK):
-        c = start + tl.arange(0, BLOCK)
-        inside = c < C
-        pre = tl.load(chunk + n * stride_cn + c, mask=inside, other=0.0) + tl.load(bias + first + c, mask=inside, other=0.0).to(tl.float32)
-        over = pre > tl.load(theta + first + c, mask=inside, other=0.0).to(tl.float32)
-        total += (over & inside).to(tl.int32)
+        _, over = _over(chunk, bias, theta, n, start + tl.arange(0, BLOCK), first, C, stride_cn)
+        total += over.to(tl.int32)
     tl.store(counts + n, tl.sum(total))
 
 
@@ -81,9 +87,7 @@ def _compact_kernel(
     base = tl.load(starts + n)
     for start in range(0, C, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        inside = c < C
-        pre = tl.load(chunk + n * stride_cn + c, mask=inside, other=0.0) + tl.load(bias + first + c, mask=inside, other=0.0).to(tl.float32)
-        over = inside & (pre > tl.load(theta + first + c, mask=inside, other=0.0).to(tl.float32))
+        pre, over = _over(chunk, bias, theta, n, c, first, C, stride_cn)
         at = base + tl.cumsum(over.to(tl.int32), 0) - 1
         fits = over & (at < capacity)
         tl.store(pre_out + at, pre, mask=fits)
@@ -136,7 +140,7 @@ def select_threshold_forward(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, theta: Tensor, limit: int
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     if not x.shape[0]:
-        return x.new_empty(0), *(torch.zeros(n, dtype=torch.int32, device=x.device) for n in (0, 1)), 0
+        return x.new_empty(0), x.new_empty(0, dtype=torch.int32), x.new_zeros(1, dtype=torch.int32), 0
     pre, latents, offsets, total = (_select_triton if runs_triton(x) else _select_torch)(x, W_enc, b_enc, theta, limit)
     if total >= 2**31 and not 0 <= limit < total:
         raise ValueError(f"{total} entries exceed int32: encode fewer rows at once (here {x.shape[0]})")

@@ -23,12 +23,16 @@ def assert_no_worse(got: Tensor, eager: Tensor, truth: Tensor, magnitude: Tensor
 
 def values_and_gradients(f: Callable[..., Sequence[Tensor]], inputs: Sequence, seeds: Sequence[Tensor]) -> list[Tensor]:
     """f's outputs, then its gradients to every float input, for the incoming gradients `seeds`."""
-    leaves = [t.detach().clone().requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs]
-    outputs = f(*leaves)
+
+    def is_float(t: object) -> bool:
+        return isinstance(t, Tensor) and t.is_floating_point()
+
+    arguments = [t.detach().clone().requires_grad_() if is_float(t) else t for t in inputs]
+    outputs = f(*arguments)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     torch.autograd.backward(outputs, [s.to(o.dtype) for s, o in zip(seeds, outputs, strict=True)])
-    gradients = [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return [o.detach() for o in outputs] + gradients
+    leaves = [t for t in arguments if is_float(t)]
+    return [o.detach() for o in outputs] + [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]
 
 
 def check_op(op: Callable, reference: Callable, inputs: Sequence, seeds: Sequence[Tensor]) -> None:
