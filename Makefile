@@ -1,6 +1,9 @@
 # Needs make, python3 (3.11 or newer) and a package registry.
 PYTHON ?= python3
 RUN := .venv/bin/python
+# one worker per core, each on one thread
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS)
 # hypothesis examples per property
 export FASTSAE_EXAMPLES ?= 25
 
@@ -11,14 +14,14 @@ demo: .venv/ready
 
 test:
 	$(MAKE) -j2 .venv/ready .venv-hosts/ready
-	$(RUN) -m pytest
+	$(PYTEST)
 
 bench: .venv/ready
 	$(RUN) -m pytest bench --benchmark-only
 
 # the full counts that docs/log.md records: no time limits
 soak: .venv/ready .venv-hosts/ready
-	FASTSAE_EXAMPLES=2000 $(RUN) -m pytest --timeout=0
+	FASTSAE_EXAMPLES=2000 $(PYTEST) --timeout=0
 
 lint: .venv/ready
 	$(RUN) -m ruff check
