@@ -51,6 +51,12 @@ def _no_ranking(activation: Activation, select_scale: Tensor | None) -> None:
         raise ValueError(f"{type(activation).__name__} does not rank latents: select_scale has no meaning for it; drop it")
 
 
+def _attach_once(activation: Activation, parameter: str) -> None:
+    if hasattr(activation, parameter):
+        name = type(activation).__name__
+        raise ValueError(f"this {name} already belongs to another SAE, with its own {parameter}: make a new {name}")
+
+
 def gather(code: SparseCode) -> At:
     """`at` for the entries of a code."""
     if code.by_latent is None:
@@ -107,6 +113,7 @@ class _Threshold(Activation):
         return functional.encode_threshold(x, W_enc, b_enc, self.threshold(b_enc), limit)
 
     def dense(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+        check.finite("x", x)
         return self.activate(x @ W_enc + b_enc, lambda parameter: parameter, b_enc)
 
 
@@ -152,6 +159,9 @@ class JumpReLU(_Threshold):
 
     def __init__(self, theta: float = 0.01, bandwidth: float = 0.05, ste_to_input: bool = False):
         super().__init__()
+        for name, number in (("theta", theta), ("bandwidth", bandwidth)):
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                raise TypeError(f"{name}={number!r} is a {type(number).__name__}: pass a number")
         if not (math.isfinite(theta) and theta >= 0):
             raise ValueError(f"theta={theta}: pass a threshold >= 0")
         if not (math.isfinite(bandwidth) and bandwidth > 0):
@@ -159,14 +169,19 @@ class JumpReLU(_Threshold):
         self.initial_theta, self.bandwidth, self.ste_to_input = theta, bandwidth, ste_to_input
 
     def attach(self, d_sae: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        _attach_once(self, "theta")
         self.theta = nn.Parameter(torch.full((d_sae,), self.initial_theta, device=device, dtype=dtype))
 
     def threshold(self, b_enc: Tensor) -> Tensor:
-        check.non_negative("theta", self.theta)
-        window = self.bandwidth / 2 if self.training and torch.is_grad_enabled() else 0.0
-        return self.theta.detach() - window
+        if not (self.training and torch.is_grad_enabled()):
+            check.non_negative("theta", self.theta.detach())
+            return self.theta.detach()
+        # an optimizer may have stepped below zero; .data, since what an earlier forward pass saved stays valid
+        self.theta.data.clamp_(min=0)
+        return self.theta.detach() - self.bandwidth / 2
 
     def dense(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+        check.non_negative("theta", self.theta)
         if torch.is_grad_enabled():  # the fused GEMM keeps no pre-activations, which theta's gradient needs
             return super().dense(x, W_enc, b_enc)
         return functional.dense_encode(x, W_enc, b_enc, self.theta)
@@ -185,6 +200,7 @@ class Gated(_Threshold):
     b_mag: nn.Parameter
 
     def attach(self, d_sae: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        _attach_once(self, "r_mag")
         self.r_mag = nn.Parameter(torch.zeros(d_sae, device=device, dtype=dtype))
         self.b_mag = nn.Parameter(torch.zeros(d_sae, device=device, dtype=dtype))
 

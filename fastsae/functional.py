@@ -23,10 +23,11 @@ At = Callable[[Tensor], Tensor]
 
 
 def _rows(x: Tensor) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x is a {type(x).__name__}: pass a torch.Tensor [..., D]")
+    check.tensor("x", x)
     if x.dim() == 0:
         raise ValueError("x is a scalar: pass [..., D]")
+    if x.shape[-1] == 0:
+        raise ValueError(f"x has shape {list(x.shape)}: pass [..., D] with D >= 1")
     return x.reshape(-1, x.shape[-1])
 
 
@@ -78,12 +79,16 @@ def encode_selected(
     rows = _rows(x)
     check.encoder(rows, W_enc, b_enc)
     with torch.no_grad():
-        # a block's buffer is overwritten by the next block: keep nothing that is a view of it
-        parts = [select(pre) for _, pre in row_blocks(rows, W_enc, b_enc)]
+        parts = [_kept(select(pre), x.dtype) for _, pre in row_blocks(rows, W_enc, b_enc)]
     counts = torch.cat([torch.zeros(1, dtype=torch.int32, device=x.device), *(p.offsets.diff() for p in parts)])
-    pre = torch.cat([rows.new_empty(0), *(p.values.to(x.dtype) for p in parts)])
+    pre = torch.cat([rows.new_empty(0), *(p.values for p in parts)])
     latents = torch.cat([counts.new_empty(0), *(p.latents for p in parts)])
     return _code(x, W_enc, b_enc, pre, latents, counts.cumsum(0).int())
+
+
+def _kept(code: SparseCode, dtype: torch.dtype) -> SparseCode:
+    """A block's buffer is overwritten by the next block: values must not be a view of it."""
+    return code.with_values(code.values.to(dtype, copy=True))
 
 
 def decode(code: SparseCode, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
@@ -94,6 +99,8 @@ def decode(code: SparseCode, W_dec: Tensor, b_dec: Tensor | None = None) -> Tens
 
 
 def _width(code: SparseCode, W_dec: Tensor) -> None:
+    if not isinstance(code, SparseCode):
+        raise TypeError(f"code is a {type(code).__name__}: pass a SparseCode, as encode_sparse returns it")
     if code.d_sae != W_dec.shape[0]:
         raise ValueError(f"the code has d_sae={code.d_sae} but W_dec has {W_dec.shape[0]} rows: use the SAE that made it")
 
@@ -126,23 +133,36 @@ def reconstruction_loss(
     _width(code, W_dec)
     if prefixes is not None and ks is not None:
         raise ValueError("prefixes and ks were both given: pass one of them")
+    check.tensor("target", target)
+    if target.shape[:-1] != code.shape[:-1]:
+        raise ValueError(
+            f"target has shape {list(target.shape)}: expected {[*code.shape[:-1], W_dec.shape[1]]}, a row for each row of the code"
+        )
+    levels = 1
     values, latents, bounds, by_latent = code.values, code.latents, code.offsets, code.by_latent
     if prefixes is not None:
         widths = _ascending("prefixes", prefixes, code.d_sae)
+        levels = len(widths)
         keys = code.rows.long() * code.d_sae + latents
         edges = torch.arange(bounds.shape[0] - 1, device=keys.device)[:, None] * code.d_sae + keys.new_tensor(widths)
         bounds = torch.nn.functional.pad(torch.searchsorted(keys, edges.flatten(), out_int32=True), (1, 0))
     elif ks is not None:
         counts = _ascending("ks", ks, code.d_sae)
+        levels = len(counts)
         strongest = values.detach().abs().sort(descending=True, stable=True).indices
         order = strongest[code.rows[strongest].sort(stable=True).indices]
         values, latents, by_latent = values[order], latents[order], None
         ends = torch.minimum(bounds[:-1, None] + bounds.new_tensor(counts), bounds[1:, None])
         bounds = torch.nn.functional.pad(ends.flatten(), (1, 0))
-    return Reconstruction(*kernels.decode_loss(values, latents, bounds, W_dec, b_dec, _rows(target), weight, by_latent))
+    error, sse, l1 = kernels.decode_loss(values, latents, bounds, W_dec, b_dec, _rows(target), weight, by_latent)
+    if not l1.shape[0]:  # without rows the kernel cannot know how many levels there are
+        error, sse = error.expand(-1, levels, -1), sse.expand(-1, levels)
+    return Reconstruction(error, sse, l1)
 
 
 def _ascending(name: str, levels: Sequence[int], whole: int) -> list[int]:
+    if not isinstance(levels, Sequence) or any(isinstance(n, bool) or not isinstance(n, int) for n in levels):
+        raise TypeError(f"{name}={levels!r}: pass a list of whole numbers")
     levels = list(levels)
     if not levels or levels != sorted(set(levels)) or levels[0] < 1 or levels[-1] > whole:
         raise ValueError(f"{name}={levels}: pass ascending numbers from 1 to d_sae={whole}")

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .activations import Activation, gather
+from .kernels import check
 from .sparse_code import SparseCode
 
 
@@ -27,6 +28,11 @@ class SAE(nn.Module):
         for name, size in (("d_in", d_in), ("d_sae", d_sae), ("d_out", d_in if d_out is None else d_out)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name}={size!r}: pass a whole number >= 1")
+        if not isinstance(activation, Activation):
+            what = f"the class {activation.__name__}" if isinstance(activation, type) else f"a {type(activation).__name__}"
+            raise TypeError(f"activation is {what}: pass an instance of an Activation, for example TopK(k=32)")
+        if dtype is not None and dtype not in check.DTYPES:
+            raise TypeError(f"dtype is {dtype}: pass float32, bfloat16, float16 or float64")
         transcodes = d_out is not None
         self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_out if d_out is not None else d_in
         # b_dec is the mean of the output, which is the mean of the input only where they are the same thing
@@ -55,9 +61,9 @@ class SAE(nn.Module):
             self.W_enc = nn.Parameter(self.W_enc.detach().T.contiguous().T, self.W_enc.requires_grad)
 
     def _input(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor) or x.shape[-1:] != (self.d_in,):
-            came = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"x is {came}: expected [..., d_in={self.d_in}]")
+        check.tensor("x", x)
+        if x.shape[-1:] != (self.d_in,):
+            raise ValueError(f"x has shape {list(x.shape)}: expected [..., d_in={self.d_in}]")
         if x.dtype != self.W_enc.dtype or x.device != self.W_enc.device:
             raise TypeError(
                 f"x is {x.dtype} on {x.device} but this SAE is {self.W_enc.dtype} on {self.W_enc.device}: "
@@ -81,6 +87,11 @@ class SAE(nn.Module):
         """Reconstruction [..., d_out] of a sparse code or of dense activations."""
         if isinstance(code, SparseCode):
             return functional.decode(code, self.W_dec, self.b_dec)
+        if not isinstance(code, Tensor):
+            raise TypeError(f"code is a {type(code).__name__}: pass a SparseCode, or dense activations [..., d_sae]")
+        if code.shape[-1:] != (self.d_sae,):
+            raise ValueError(f"activations have shape {list(code.shape)}: expected [..., d_sae={self.d_sae}]")
+        check.floating(activations=code, W_dec=self.W_dec)
         return code @ self.W_dec + self.b_dec
 
     def forward(self, x: Tensor) -> Tensor:

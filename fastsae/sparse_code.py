@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from .kernels import check
+
 
 @dataclass(frozen=True)
 class SparseCode:
@@ -42,6 +44,7 @@ class SparseCode:
 
     def with_values(self, values: Tensor) -> "SparseCode":
         """The same entries with other values [E]."""
+        check.tensor("values", values)
         if values.shape != self.latents.shape:
             raise ValueError(f"values has shape {list(values.shape)}: this code has {self.latents.shape[0]} entries")
         return replace(self, values=values)
@@ -59,6 +62,12 @@ class SparseCode:
 
     def restrict(self, latents: Tensor) -> "SparseCode":
         """Only the entries of these latents; ids stay those of the whole dictionary."""
+        check.tensor("latents", latents)
+        if latents.dtype == torch.bool:
+            raise TypeError("latents is torch.bool: pass the ids themselves, mask.nonzero()")
+        if latents.is_floating_point() or latents.is_complex():
+            raise TypeError(f"latents is {latents.dtype}: pass integer ids")
+        check.latents_in_range(latents, self.d_sae)
         wanted = torch.zeros(self.d_sae, dtype=torch.bool, device=self.latents.device)
         wanted[latents.long()] = True
         kept = wanted[self.latents]

@@ -139,6 +139,6 @@ def select_batch_topk(
     """(pre [N·k], latents [N·k], offsets [N+1]): exactly N·k entries over the batch. No gradient: see encode.py."""
     check.encoder(x, W_enc, b_enc, select_scale=scale)
     check.k_fits(k, W_enc.shape[1])
-    scale = None if scale is None else scale.detach()
+    scale = None if scale is None else scale.detach().contiguous()
     fused = FUSED if fused is None else fused
-    return select_batch_topk_forward(x.detach(), W_enc.detach(), b_enc.detach(), k, scale, magnitude, fused)
+    return select_batch_topk_forward(x.detach(), W_enc.detach(), b_enc.detach().contiguous(), k, scale, magnitude, fused)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .backend import accumulator, op, runs_triton, tl, triton
+from .deferred import Factors, deferred
 from .tiles import TILES, tile
 
 SPLIT = 1024  # entries of one latent per program; untuned
@@ -236,7 +237,7 @@ def _dots_kernel(
     tl.store(dvalues + e, dot.to(dvalues.dtype.element_ty))
 
 
-def _work_items(starts: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def work_items(starts: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """How segments are cut into parts of at most SPLIT entries; every shape is known without reading a value.
 
     Returns, per item, its latent (F past the last) and which part of it; per latent, its first scratch slot and its
@@ -291,7 +292,7 @@ def _triton_path(order, starts, latents, offsets, levels, g, scale, values, W_de
     latent_of = part_of = slot_of = parts = longest = None
     partial_dec = partial_enc = partial_b = None
     if splits:
-        latent_of, part_of, slot_of, parts, longest = _work_items(starts, E)
+        latent_of, part_of, slot_of, parts, longest = work_items(starts, E)
         slots = 2 * (E // SPLIT)
         partial_dec, partial_enc, partial_b = (
             torch.empty(slots, n, dtype=torch.float32, device=like.device) for n in (D_out, D_in, 1)
@@ -375,8 +376,12 @@ def decoder_backward(
     g: Tensor, scale: Tensor | None, values: Tensor, latents: Tensor, offsets: Tensor, W_dec: Tensor, levels: int,
     by_latent: tuple[Tensor | None, Tensor | None], needs_weights: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(dvalues, dW_dec or None). With frozen weights there is nothing to sort and nothing of shape [F, D]."""
-    if not needs_weights:
+    """(dvalues, dW_dec or None). With frozen or deferred weights nothing is sorted and nothing has the shape [F, D]."""
+    waiting = deferred(W_dec)
+    if waiting is not None and needs_weights:
+        bags = bag_of_entries(offsets, latents.shape[0])
+        waiting.factors.append(Factors(g, bags, values if scale is None else values * scale[bags], latents))
+    if not needs_weights or waiting is not None:
         return entry_dots_op(g, scale, latents, offsets, W_dec), None
     order, starts = by_latent
     if order is None or starts is None:

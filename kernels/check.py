@@ -10,14 +10,18 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def tensor(name: str, t: object) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} is a {type(t).__name__}: pass a torch.Tensor")
+
+
 def floating(**tensors: Tensor | None) -> None:
     """Every tensor is a float tensor, and all share one dtype and one device."""
     first_name, first = "", None
     for name, t in tensors.items():
         if t is None:
             continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} is a {type(t).__name__}: pass a torch.Tensor")
+        tensor(name, t)
         if t.dtype not in DTYPES:
             raise TypeError(f"{name} is {t.dtype}: pass float32, bfloat16, float16 or float64, e.g. {name}.float()")
         if first is None:
@@ -56,7 +60,7 @@ def finite(name: str, t: Tensor) -> None:
 
 def non_negative(name: str, t: Tensor) -> None:
     if _values_can_be_read(t) and not (t >= 0).all():
-        raise ValueError(f"{name} has a minimum of {float(t.min()):g}: it must be >= 0; clamp it with {name}.clamp_(min=0)")
+        raise ValueError(f"{name} has a minimum of {float(t.detach().min()):g}: it must be >= 0; clamp it with {name}.clamp_(min=0)")
 
 
 def k_fits(k: int, F: int) -> None:
@@ -71,6 +75,7 @@ def k_fits(k: int, F: int) -> None:
 def entries(values: Tensor, latents: Tensor, offsets: Tensor) -> None:
     """values [E], latents [E] and offsets describe one list of entries."""
     for name, t in (("latents", latents), ("offsets", offsets)):
+        tensor(name, t)
         if t.dtype != torch.int32:
             raise TypeError(f"{name} is {t.dtype}: pass int32, {name}.int()")
         if t.device != values.device:

@@ -100,4 +100,6 @@ def decode(
     check.latents_in_range(latents, W_dec.shape[0])
     if b_dec is not None:
         check.shape("b_dec", b_dec, (W_dec.shape[1],), "[D]")
+        b_dec = b_dec.contiguous()
+    values, latents, offsets = values.contiguous(), latents.contiguous(), offsets.contiguous()
     return decode_forward(values, latents, offsets, W_dec, b_dec, *(by_latent or (None, None)))

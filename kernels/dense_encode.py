@@ -147,4 +147,4 @@ def dense_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, theta: Tensor | None =
     check.encoder(x, W_enc, b_enc, theta=theta)
     if theta is not None:
         check.non_negative("theta", theta)
-    return dense_encode_forward(x, W_enc, b_enc, None if theta is None else theta.detach())
+    return dense_encode_forward(x, W_enc, b_enc.contiguous(), None if theta is None else theta.detach().contiguous())

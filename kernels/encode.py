@@ -14,8 +14,9 @@ from torch import Tensor
 
 from . import check
 from .backend import op
-from .by_latent import bag_of_entries, latent_backward, sort_by_latent
+from .by_latent import bag_of_entries, latent_backward, segment_sums, sort_by_latent
 from .decode import decode_forward
+from .deferred import Factors, deferred
 
 
 def encode_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, latents: Tensor, offsets: Tensor) -> Tensor:
@@ -48,9 +49,13 @@ def _backward(ctx, g):
     dx = dW = db = None
     if needs_x:
         dx = decode_forward(g, latents, offsets, W_enc.T, None, None, None)
-    if needs_W or needs_b:
+    waiting = deferred(W_enc)
+    if waiting is not None and needs_W:
+        waiting.factors.append(Factors(x, bag_of_entries(offsets, latents.shape[0]), g, latents))
+        db = segment_sums(g, order, starts)
+    elif needs_W or needs_b:
         _, _, dW, db = latent_backward(order, starts, latents, offsets, x=x, direct=g)
-    return dx, dW.T if needs_W else None, db if needs_b else None, None, None, None, None, None
+    return dx, dW.T if needs_W and dW is not None else None, db if needs_b else None, None, None, None, None, None
 
 
 encode_entries.register_autograd(_backward, setup_context=_setup)
@@ -67,6 +72,10 @@ def encode(
 ) -> Tensor:
     """The selection's `pre`, now with gradients to x, W_enc and b_enc. `by_latent` as sort_by_latent returns it."""
     check.encoder(x, W_enc, b_enc)
+    check.floating(x=x, pre=pre)
     check.entries(pre, latents, offsets)
+    check.shape("offsets", offsets, (x.shape[0] + 1,), "[N+1]")
+    check.latents_in_range(latents, W_enc.shape[1])
+    latents, offsets = latents.contiguous(), offsets.contiguous()
     order, starts = by_latent or sort_by_latent(latents, W_enc.shape[1])
     return encode_entries(x, W_enc, b_enc, pre.detach(), latents, offsets, order, starts)

@@ -30,10 +30,10 @@ def decode_loss_reference(
     N, D = target.shape
     bags = bag_of_entries(bounds, latents.shape[0])
     parts = W_dec.new_zeros(bounds.shape[0] - 1, D).index_add(0, bags, values[:, None] * W_dec[latents])
-    levels = parts.shape[0] // max(N, 1)
+    levels = max(parts.shape[0] // max(N, 1), 1)
     error = parts.view(N, levels, D).cumsum(1) + b_dec - target[:, None]
     cost = values.abs() if weight is None else values.abs() * weight[latents]
-    l1 = values.new_zeros(N).index_add(0, bags // max(levels, 1), cost)
+    l1 = values.new_zeros(N).index_add(0, bags // levels, cost)
     return error, error.square().sum(-1), l1
 
 
@@ -69,7 +69,7 @@ def _decode_loss_kernel(
 
 def _torch_path(values, latents, bounds, W_dec, b_dec, target, weight):
     N, D = target.shape
-    levels = (bounds.shape[0] - 1) // max(N, 1)
+    levels = max((bounds.shape[0] - 1) // max(N, 1), 1)
     wide = accumulator(values.dtype)
     error = segment_rows(W_dec.contiguous(), latents, values, bounds).view(N, levels, D)
     if levels > 1:
@@ -79,7 +79,7 @@ def _torch_path(values, latents, bounds, W_dec, b_dec, target, weight):
     cost = values.abs().to(wide)
     if weight is not None:
         cost = cost * weight[latents].to(wide)
-    return error, sse, segment_sums_sorted(cost, bounds[:: max(levels, 1)])
+    return error, sse, segment_sums_sorted(cost, bounds[::levels])
 
 
 @op
@@ -90,7 +90,7 @@ def decode_loss_forward(
     if not runs_triton(values):
         return _torch_path(values, latents, bounds, W_dec, b_dec, target, weight)
     N, D = target.shape
-    levels = (bounds.shape[0] - 1) // max(N, 1)
+    levels = max((bounds.shape[0] - 1) // max(N, 1), 1)
     error = values.new_empty(N, levels, D)
     sse = torch.empty(N, levels, dtype=torch.float32, device=values.device)
     l1 = torch.empty(N, dtype=torch.float32, device=values.device)
@@ -108,7 +108,7 @@ def decode_loss_forward(
 @decode_loss_forward.register_fake
 def _(values, latents, bounds, W_dec, b_dec, target, weight, order, starts):
     N, D = target.shape
-    levels = (bounds.shape[0] - 1) // max(N, 1)
+    levels = max((bounds.shape[0] - 1) // max(N, 1), 1)
     wide = accumulator(values.dtype)
     return values.new_empty(N, levels, D), values.new_empty(N, levels, dtype=wide), values.new_empty(N, dtype=wide)
 
@@ -175,7 +175,9 @@ def decode_loss(
     check.shape("target", target, (None, D), "[N, D]")
     if weight is not None:
         check.shape("weight", weight, (F,), "[F]")
+        weight = weight.contiguous()
     N, bags = target.shape[0], bounds.shape[0] - 1
     if bags != 0 if N == 0 else (bags == 0 or bags % N):
         raise ValueError(f"bounds describes {bags} bags for N={N} rows: pass N times the number of levels, plus one")
+    values, latents, bounds, b_dec = (t.contiguous() for t in (values, latents, bounds, b_dec))
     return decode_loss_forward(values, latents, bounds, W_dec, b_dec, target, weight, *(by_latent or (None, None)))

@@ -158,7 +158,9 @@ def select_threshold(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """(pre [E], latents [E], offsets [N+1]) of every latent with pre > theta; None above `limit` entries. No gradient."""
     check.encoder(x, W_enc, b_enc, theta=theta)
+    if limit is not None and limit < 0:
+        raise ValueError(f"limit={limit}: pass a number of entries >= 0, or None for no limit")
     pre, latents, offsets, total = select_threshold_forward(
-        x.detach(), W_enc.detach(), b_enc.detach(), theta.detach(), -1 if limit is None else limit
+        x.detach(), W_enc.detach(), b_enc.detach().contiguous(), theta.detach().contiguous(), -1 if limit is None else limit
     )
     return None if limit is not None and total > limit else (pre, latents, offsets)

@@ -64,7 +64,7 @@ def test_work_items_cover_every_segment_once():
         E = int(starts[-1])
         if E <= by_latent.SPLIT:
             continue
-        latent_of, part_of, slot_of, parts, longest = by_latent._work_items(starts, E)
+        latent_of, part_of, slot_of, parts, longest = by_latent.work_items(starts, E)
         work = [(f, p) for f, p in zip(latent_of.tolist(), part_of.tolist(), strict=True) if f < F]
         assert work == [(f, p) for f in range(F) for p in range(max(1, -(-int(counts[f]) // by_latent.SPLIT)))]
         slots = [slot_of[f] + p for f in range(F) if parts[f] > 1 for p in range(parts[f])]

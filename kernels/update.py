@@ -1,0 +1,246 @@
+"""Update a latent-major matrix row by row from a gradient that is never stored.
+
+A sparse code's gradient is a sum of outer products,  dW[f] = Σ over e with f(e) = f of  c[e] · table[row(e)],  so its factors
+(the code and an [R, D] table) say all of it in E + R·D numbers instead of F·D. One program per latent adds up the row in
+registers, and in the same breath
+
+    dW[f] += dnorm[f] · w / |w|        the gradient through decoder norms, where a loss asks for them
+    dW[f] -= (dW[f] · w) w / |w|²      if the decoder is kept at unit norm: only the part along the sphere moves it
+    Adam: m, v, bias correction, eps and (L2) weight decay as torch.optim.Adam has them
+    w      = w / |w|                   if the decoder is kept at unit norm
+
+and writes w, m and v. Per parameter 24 bytes move (28 with a stored gradient, plus 8 to make it). Rows that no token
+touched have dW = 0 and move exactly as dense Adam moves them. A row whose gradient is not finite stays as it was and is
+counted; `scalars` holds what the whole step depends on, on the device, so that nothing is read: the bias corrections, the
+clipping factor, and whether to step at all.
+
+Segments longer than SPLIT are summed in parts first, in a fixed order: the same bits every run. A CPU goes through slices
+of SLICE latents, so that one slice's gradient is all there ever is.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import by_latent
+from .backend import runs_triton, tl, triton
+from .by_latent import WIDEST, segment_rows
+from .deferred import Factors
+from .tiles import tile
+
+SLICE = 4096  # latents per slice on a CPU: a gradient of 12 MB at D 768
+
+
+def gradient_reference(
+    factors: Factors, W: Tensor, stored: Tensor | None = None, dnorm: Tensor | None = None, project: bool = False
+) -> Tensor:
+    """The gradient that the update acts on, stored. [F, D]"""
+    dW = torch.zeros_like(W) if stored is None else stored.clone()
+    dW.index_add_(0, factors.latents, factors.coefficients[:, None] * factors.table[factors.rows])
+    if dnorm is not None:
+        dW += dnorm[:, None] * W / W.norm(dim=1, keepdim=True)
+    if project:
+        dW -= (dW * W).sum(1, keepdim=True) / W.square().sum(1, keepdim=True) * W
+    return dW
+
+
+@triton.jit
+def _parts_kernel(
+    order, starts, slot_of, parts, latent_of_slot, rows, table, coefficients, partial, D, stride_t,
+    SPLIT: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    slot = tl.program_id(0).to(tl.int64)
+    f = tl.load(latent_of_slot + slot).to(tl.int64)
+    if f < 0:
+        return
+    part = slot - tl.load(slot_of + f)
+    d = tl.arange(0, BLOCK_D)
+    low = tl.load(starts + f) + part * SPLIT
+    high = tl.minimum(tl.load(starts + f + 1), low + SPLIT)
+    acc = tl.zeros([BLOCK_D], dtype=tl.float32)
+    for i in range(low, high):
+        e = tl.load(order + i)
+        r = tl.load(rows + e).to(tl.int64)
+        acc += tl.load(coefficients + e).to(tl.float32) * tl.load(table + r * stride_t + d, mask=d < D, other=0.0).to(tl.float32)
+    tl.store(partial + slot * D + d, acc, mask=d < D)
+
+
+@triton.jit
+def _update_kernel(
+    order, starts, slot_of, parts, partial, rows, table, coefficients, stored, dnorm, W, m, v, scalars, skipped, squares,
+    D, stride_t, lr, beta1, beta2, eps, weight_decay,
+    HAS_STORED: tl.constexpr, HAS_DNORM: tl.constexpr, UNIT_NORM: tl.constexpr, NORM_ONLY: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    f = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    inside = d < D
+    w = tl.load(W + f * D + d, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.zeros([BLOCK_D], dtype=tl.float32)
+    low, high = tl.load(starts + f), tl.load(starts + f + 1)
+    if SPLITS:  # on its own: a branch on a run-time value is compiled whether or not there are parts
+        count = tl.load(parts + f)
+        if count > 1:
+            first = tl.load(slot_of + f).to(tl.int64)
+            for part in range(count):
+                grad += tl.load(partial + (first + part) * D + d, mask=inside, other=0.0)
+            low = high
+    for i in range(low, high):
+        e = tl.load(order + i)
+        r = tl.load(rows + e).to(tl.int64)
+        row = tl.load(table + r * stride_t + d, mask=inside, other=0.0).to(tl.float32)
+        grad += tl.load(coefficients + e).to(tl.float32) * row
+    if HAS_STORED:
+        grad += tl.load(stored + f * D + d, mask=inside, other=0.0).to(tl.float32)
+    if HAS_DNORM:
+        grad += tl.load(dnorm + f).to(tl.float32) * w / tl.sqrt(tl.sum(w * w))
+    if UNIT_NORM:
+        grad -= tl.sum(grad * w) / tl.sum(w * w) * w
+
+    if NORM_ONLY:
+        tl.store(squares + f, tl.sum(grad * grad))
+    else:
+        correction1, correction2_root = tl.load(scalars), tl.load(scalars + 1)
+        grad *= tl.load(scalars + 2)
+        bad = tl.where(tl.sum(grad * 0.0) == 0.0, 0, 1)  # inf · 0 and NaN · 0 are NaN
+        tl.store(skipped + f, bad)
+        write = inside & (bad < tl.load(scalars + 3).to(tl.int32))
+        grad += weight_decay * w
+        m_new = tl.load(m + f * D + d, mask=inside, other=0.0)
+        v_new = tl.load(v + f * D + d, mask=inside, other=0.0)
+        m_new += (1 - beta1) * (grad - m_new)
+        v_new = beta2 * v_new + (1 - beta2) * grad * grad
+        w -= lr / correction1 * m_new / (tl.sqrt(v_new) / correction2_root + eps)
+        if UNIT_NORM:
+            w /= tl.sqrt(tl.sum(tl.where(inside, w * w, 0.0)))
+        tl.store(W + f * D + d, w, mask=write)
+        tl.store(m + f * D + d, m_new, mask=write)
+        tl.store(v + f * D + d, v_new, mask=write)
+
+
+class _Parts(NamedTuple):
+    """Where long segments are summed before the update: see by_latent.py, whose cutting this shares."""
+
+    slot_of: Tensor | None = None
+    parts: Tensor | None = None
+    partial: Tensor | None = None
+
+
+def _sum_parts(factors: Factors, order: Tensor, starts: Tensor, D: int, BLOCK_D: int, warps: int) -> _Parts:
+    E, SPLIT = factors.latents.shape[0], by_latent.SPLIT
+    if E <= SPLIT:
+        return _Parts()
+    latent_of, part_of, slot_of, parts, _ = by_latent.work_items(starts, E)
+    slots = 2 * (E // SPLIT)
+    # slot -> latent; items of whole segments and items past the last all write to one slot more, which is not launched
+    f = latent_of.clamp(max=starts.shape[0] - 2).long()
+    real = (latent_of < starts.shape[0] - 1) & (parts[f] > 1)
+    slot = torch.where(real, slot_of[f] + part_of, slots).long()
+    latent_of_slot = torch.full((slots + 1,), -1, dtype=torch.int32, device=starts.device).scatter_(0, slot, latent_of)
+    partial = torch.empty(slots, D, dtype=torch.float32, device=starts.device)
+    _parts_kernel[(slots,)](
+        order, starts, slot_of, parts, latent_of_slot, factors.rows, factors.table, factors.coefficients, partial,
+        D, factors.table.stride(0), SPLIT=SPLIT, BLOCK_D=BLOCK_D, num_warps=warps,
+    )  # fmt: skip
+    return _Parts(slot_of, parts, partial)
+
+
+def _triton_path(
+    factors: Factors, order: Tensor, starts: Tensor, stored: Tensor | None, dnorm: Tensor | None,
+    W: Tensor, m: Tensor | None, v: Tensor | None, scalars: Tensor | None,
+    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, unit_norm: bool, norm_only: bool,
+) -> Tensor:  # fmt: skip
+    F, D = W.shape
+    chosen = tile("latent", W.device, D)
+    BLOCK_D = triton.next_power_of_2(D)
+    long = _sum_parts(factors, order, starts, D, BLOCK_D, chosen.warps)
+    result = torch.empty(F, dtype=torch.float32 if norm_only else torch.int32, device=W.device)
+    _update_kernel[(F,)](
+        order, starts, *long, factors.rows, factors.table, factors.coefficients, stored, dnorm, W, m, v, scalars,
+        None if norm_only else result, result if norm_only else None, D, factors.table.stride(0),
+        lr, beta1, beta2, eps, weight_decay,
+        HAS_STORED=stored is not None, HAS_DNORM=dnorm is not None, UNIT_NORM=unit_norm, NORM_ONLY=norm_only,
+        SPLITS=long.partial is not None, BLOCK_D=BLOCK_D, num_warps=chosen.warps,
+    )  # fmt: skip
+    return result
+
+
+def _slices(factors, order, starts, stored, dnorm, W, unit_norm):
+    """(slice of latents, its gradient) for one slice after the other."""
+    rows, coefficients = factors.rows[order], factors.coefficients[order]
+    for f in range(0, W.shape[0], SLICE):
+        part = slice(f, f + SLICE)
+        bounds = starts[f : f + SLICE + 1]
+        low, high = int(bounds[0]), int(bounds[-1])
+        grad = segment_rows(factors.table, rows[low:high], coefficients[low:high], bounds - low)
+        w = W[part]
+        if stored is not None:
+            grad += stored[part]
+        if dnorm is not None:
+            grad += (dnorm[part] / w.norm(dim=1))[:, None] * w
+        if unit_norm:
+            grad -= (torch.linalg.vecdot(grad, w) / torch.linalg.vecdot(w, w))[:, None] * w
+        yield part, grad
+
+
+def _torch_path(
+    factors: Factors, order: Tensor, starts: Tensor, stored: Tensor | None, dnorm: Tensor | None,
+    W: Tensor, m: Tensor | None, v: Tensor | None, scalars: Tensor | None,
+    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, unit_norm: bool, norm_only: bool,
+) -> Tensor:  # fmt: skip
+    if norm_only:
+        parts = [torch.linalg.vecdot(g, g) for _, g in _slices(factors, order, starts, stored, dnorm, W, unit_norm)]
+        return torch.cat(parts)
+    skipped = torch.zeros(W.shape[0], dtype=torch.int32, device=W.device)
+    _, _, clip, live, step = scalars.unbind()
+    for part, grad in _slices(factors, order, starts, stored, dnorm, W, unit_norm):
+        grad *= clip.to(grad.dtype)
+        bad = ~torch.isfinite(grad.sum(1))
+        skipped[part] = bad
+        moved = [t[part] for t in (W, m, v)]
+        rows = bad.nonzero().squeeze(1)
+        kept = [t[rows] for t in moved]
+        torch._fused_adam_(
+            [moved[0]], [grad], [moved[1]], [moved[2]], [], [step.float()],
+            lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
+            found_inf=(live == 0).float(),
+        )  # fmt: skip
+        if unit_norm and live:
+            moved[0] /= moved[0].norm(dim=1, keepdim=True)
+        for t, before in zip(moved, kept, strict=True):
+            t[rows] = before
+    return skipped
+
+
+def _path(factors: Factors, W: Tensor):
+    if W.dtype not in (torch.float32, torch.float64) or factors.table.dtype != W.dtype or not W.is_contiguous():
+        raise TypeError(
+            f"the matrix is {W.dtype} with strides {W.stride()} and its gradient's table {factors.table.dtype}: "
+            "row updates take a contiguous float32 [F, D] and factors of the same dtype"
+        )
+    # a row too wide for one program goes through slices on a GPU too
+    return _triton_path if runs_triton(W) and W.shape[1] <= WIDEST else _torch_path
+
+
+def gradient_squares(
+    factors: Factors, index: tuple[Tensor, Tensor], W: Tensor,
+    stored: Tensor | None = None, dnorm: Tensor | None = None, unit_norm: bool = False,
+) -> Tensor:  # fmt: skip
+    """|dW[f]|² [F] of the gradient that `update_rows` would apply: what clipping by a global norm asks first."""
+    hyper = (0.0,) * 5
+    return _path(factors, W)(factors, *index, stored, dnorm, W, None, None, None, *hyper, unit_norm, norm_only=True)
+
+
+def update_rows(
+    factors: Factors, index: tuple[Tensor, Tensor], W: Tensor, m: Tensor, v: Tensor, scalars: Tensor,
+    lr: float, betas: tuple[float, float], eps: float, weight_decay: float = 0.0,
+    stored: Tensor | None = None, dnorm: Tensor | None = None, unit_norm: bool = False,
+) -> Tensor:  # fmt: skip
+    """One Adam step on W [F, D] with moments m and v, in place. Returns which rows were skipped [F].
+
+    `index` is sort_by_latent of the factors' latents. `scalars` [5] on W's device: 1 - beta1^t, (1 - beta2^t)^½, the
+    clipping factor, whether to step (0 or 1), and t.
+    """
+    hyper = (lr, *betas, eps, weight_decay)
+    return _path(factors, W)(factors, *index, stored, dnorm, W, m, v, scalars, *hyper, unit_norm, norm_only=False)
