@@ -12,6 +12,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from .kernels.by_latent import sort_by_latent
 from .kernels.deferred import Deferred
@@ -38,7 +39,8 @@ class FusedAdam(torch.optim.Optimizer):
         unit_norm: bool = False,
     ):
         if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= b < 1 for b in betas)):
-            raise ValueError(f"lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}: pass lr, eps, decay >= 0 and 0 <= beta < 1")
+            came = f"lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}"
+            raise ValueError(f"{came}: pass lr, eps and weight_decay >= 0 and 0 <= beta < 1")
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm={max_norm}: pass a norm > 0, or None for no clipping")
         super().__init__(sae.parameters(), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -92,11 +94,10 @@ class FusedAdam(torch.optim.Optimizer):
         for p in small:
             state = self._moments(p)
             ok = live * torch.isfinite(p.grad).all()
-            state["step"] += ok
-            torch._fused_adam_(
-                [p], [p.grad * clip], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
+            adam(
+                [p], [p.grad * clip], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]], fused=True, found_inf=1 - ok,
                 lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
-                eps=group["eps"], amsgrad=False, maximize=False, found_inf=1 - ok,
+                eps=group["eps"], amsgrad=False, maximize=False,
             )  # fmt: skip
             self.skipped += (live - ok).long()
         return loss
@@ -109,7 +110,7 @@ class _Matrix:
         waiting: Deferred = parameter.deferred  # type: ignore[attr-defined]
         self.parameter, self.rows = parameter, rows
         self.factors = waiting.joined(rows)
-        self.index = sort_by_latent(self.factors.latents, rows.shape[0])
+        self.index = self.factors.by_latent or sort_by_latent(self.factors.latents, rows.shape[0])
         self.transposed = rows.shape != parameter.shape or rows.stride() != parameter.stride()
         self.extra: dict[str, Any] = {
             "stored": None if parameter.grad is None else self._as_rows(parameter.grad).contiguous(),
@@ -128,9 +129,9 @@ class _Matrix:
         t = state["step"].double()
         beta1, beta2 = group["betas"]
         scalars = torch.stack([1 - beta1**t, (1 - beta2**t).sqrt(), clip.double(), live.double(), t]).to(self.rows.dtype)
-        moments = (self._as_rows(state[name]) for name in ("exp_avg", "exp_avg_sq"))
+        m, v = (self._as_rows(state[name]) for name in ("exp_avg", "exp_avg_sq"))
         skipped = update_rows(
-            self.factors, self.index, self.rows, *moments, scalars,
+            self.factors, self.index, self.rows, m, v, scalars,
             group["lr"], group["betas"], group["eps"], group["weight_decay"], **self.extra,
         )  # fmt: skip
         return (skipped.sum() * live).long()

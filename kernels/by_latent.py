@@ -10,8 +10,8 @@ gradient of the decoded bags, v the values, s an optional scale per bag:
 
 One program per latent keeps its decoder row and both gradient rows in registers, walks its segment once and stores. No
 atomics: the same bits every run. Segments longer than SPLIT go to several programs that write partial sums, which a second
-kernel adds in order. Either half can be asked for alone. `_finish_row` is the seam: where it stores a gradient row, an
-optimizer can update the row instead.
+kernel adds in order. Either half can be asked for alone. This is the plain mode, which stores gradients for any optimizer;
+update.py walks the same segments and updates the row instead.
 
 On a CPU the sums are torch's `embedding_bag` over the transposed lists (bags are latents, the table is g or x) and dvalues
 are `sampled_addmm`.
@@ -121,7 +121,7 @@ def segment_sums_sorted(sorted_values: Tensor, starts: Tensor) -> Tensor:
 
 @triton.jit
 def _finish_row(gradient, f, D, d, inside, row):
-    """What becomes of latent f's finished gradient row: it is stored. An optimizer's update of the row goes here."""
+    """Store latent f's finished gradient row."""
     tl.store(gradient + f * D + d, row.to(gradient.dtype.element_ty), mask=inside)
 
 
@@ -380,7 +380,8 @@ def decoder_backward(
     waiting = deferred(W_dec)
     if waiting is not None and needs_weights:
         bags = bag_of_entries(offsets, latents.shape[0])
-        waiting.factors.append(Factors(g, bags, values if scale is None else values * scale[bags], latents))
+        weights = values if scale is None else values * scale[bags]
+        waiting.factors.append(Factors(g, bags, weights, latents, None if by_latent[0] is None else by_latent))
     if not needs_weights or waiting is not None:
         return entry_dots_op(g, scale, latents, offsets, W_dec), None
     order, starts = by_latent

@@ -21,6 +21,7 @@ class Factors(NamedTuple):
     rows: Tensor  # [E] int32
     coefficients: Tensor  # [E]
     latents: Tensor  # [E] int32
+    by_latent: tuple[Tensor, Tensor] | None = None  # the entries sorted, where somebody has already done that
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Deferred:
         for f in self.factors:
             rows.append(f.rows + first)
             first += f.table.shape[0]
-        tables, _, coefficients, latents = zip(*self.factors, strict=True)
+        tables, _, coefficients, latents, _ = zip(*self.factors, strict=True)
         return Factors(torch.cat(tables), torch.cat(rows), torch.cat(coefficients), torch.cat(latents))
 
 

@@ -150,7 +150,8 @@ def select_threshold_forward(
 @select_threshold_forward.register_fake
 def _(x, W_enc, b_enc, theta, limit):
     E = torch.library.get_ctx().new_dynamic_size()
-    return x.new_empty(E), x.new_empty(E, dtype=torch.int32), x.new_empty(x.shape[0] + 1, dtype=torch.int32), E
+    total = E if limit < 0 else torch.library.get_ctx().new_dynamic_size()  # over the limit: no entries, only their number
+    return x.new_empty(E), x.new_empty(E, dtype=torch.int32), x.new_empty(x.shape[0] + 1, dtype=torch.int32), total
 
 
 def select_threshold(

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 from . import by_latent
 from .backend import runs_triton, tl, triton
@@ -62,7 +63,8 @@ def _parts_kernel(
     for i in range(low, high):
         e = tl.load(order + i)
         r = tl.load(rows + e).to(tl.int64)
-        acc += tl.load(coefficients + e).to(tl.float32) * tl.load(table + r * stride_t + d, mask=d < D, other=0.0).to(tl.float32)
+        row = tl.load(table + r * stride_t + d, mask=d < D, other=0.0).to(tl.float32)
+        acc += tl.load(coefficients + e).to(tl.float32) * row
     tl.store(partial + slot * D + d, acc, mask=d < D)
 
 
@@ -195,16 +197,16 @@ def _torch_path(
     skipped = torch.zeros(W.shape[0], dtype=torch.int32, device=W.device)
     _, _, clip, live, step = scalars.unbind()
     for part, grad in _slices(factors, order, starts, stored, dnorm, W, unit_norm):
-        grad *= clip.to(grad.dtype)
+        if clip != 1:
+            grad *= clip
         bad = ~torch.isfinite(grad.sum(1))
         skipped[part] = bad
         moved = [t[part] for t in (W, m, v)]
         rows = bad.nonzero().squeeze(1)
         kept = [t[rows] for t in moved]
-        torch._fused_adam_(
-            [moved[0]], [grad], [moved[1]], [moved[2]], [], [step.float()],
+        adam(
+            [moved[0]], [grad], [moved[1]], [moved[2]], [], [(step - 1).float()], fused=True, found_inf=(live == 0).float(),
             lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
-            found_inf=(live == 0).float(),
         )  # fmt: skip
         if unit_norm and live:
             moved[0] /= moved[0].norm(dim=1, keepdim=True)
