@@ -15,7 +15,7 @@ _HOME = {
     "SparseCode": "sparse_code",
     "TopK": "activations",
 }
-_MODULES = ("activations", "functional", "kernels", "sae", "sparse_code")
+_MODULES = ("activations", "functional", "kernels", "losses", "sae", "schedules", "sparse_code")
 
 
 

@@ -1,7 +1,9 @@
 from . import activations as activations
 from . import functional as functional
 from . import kernels as kernels
+from . import losses as losses
 from . import sae as sae
+from . import schedules as schedules
 from . import sparse_code as sparse_code
 from .activations import AbsTopK as AbsTopK
 from .activations import Activation as Activation

@@ -32,23 +32,26 @@ class Activation(nn.Module):
         _no_ranking(self, select_scale)
         return functional.encode_selected(x, W_enc, b_enc, self.select)
 
-    def encode_within(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, limit: int) -> SparseCode | None:
+    def encode_within(
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, limit: int, select_scale: Tensor | None = None
+    ) -> SparseCode | None:
         """The same, or None: more than `limit` entries, and `activate` is all there is to it, so a dense path is exact."""
-        return self.encode(x, W_enc, b_enc)
+        return self.encode(x, W_enc, b_enc, select_scale)
 
     def activate(self, pre: Tensor, at: At, b_enc: Tensor) -> Tensor:
         """Element-wise, pre-activations of firing entries to values; `at` brings a per-latent tensor to pre's shape."""
         return pre.relu()
 
-    def dense(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+    def dense(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, select_scale: Tensor | None = None) -> Tensor:
         """All activations [..., F]."""
-        code = self.encode(x, W_enc, b_enc)
+        code = self.encode(x, W_enc, b_enc, select_scale)
         return code.with_values(self.activate(code.values, gather(code), b_enc)).dense()
 
 
 def _no_ranking(activation: Activation, select_scale: Tensor | None) -> None:
     if select_scale is not None:
-        raise ValueError(f"{type(activation).__name__} does not rank latents: select_scale has no meaning for it; drop it")
+        name = type(activation).__name__
+        raise ValueError(f"{name} does not rank latents: drop select_scale (of an SAE, rescale_acts_by_decoder_norm)")
 
 
 def _attach_once(activation: Activation, parameter: str) -> None:
@@ -109,10 +112,14 @@ class _Threshold(Activation):
         _no_ranking(self, select_scale)
         return functional.encode_threshold(x, W_enc, b_enc, self.threshold(b_enc))
 
-    def encode_within(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, limit: int) -> SparseCode | None:
+    def encode_within(
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, limit: int, select_scale: Tensor | None = None
+    ) -> SparseCode | None:
+        _no_ranking(self, select_scale)
         return functional.encode_threshold(x, W_enc, b_enc, self.threshold(b_enc), limit)
 
-    def dense(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+    def dense(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, select_scale: Tensor | None = None) -> Tensor:
+        _no_ranking(self, select_scale)
         check.finite("x", x)
         return self.activate(x @ W_enc + b_enc, lambda parameter: parameter, b_enc)
 
@@ -123,7 +130,8 @@ class ReLU(_Threshold):
     def threshold(self, b_enc: Tensor) -> Tensor:
         return torch.zeros_like(b_enc)
 
-    def dense(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+    def dense(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, select_scale: Tensor | None = None) -> Tensor:
+        _no_ranking(self, select_scale)
         return functional.dense_encode(x, W_enc, b_enc)
 
 
@@ -173,15 +181,20 @@ class JumpReLU(_Threshold):
         self.theta = nn.Parameter(torch.full((d_sae,), self.initial_theta, device=device, dtype=dtype))
 
     def threshold(self, b_enc: Tensor) -> Tensor:
-        if not (self.training and torch.is_grad_enabled()):
-            check.non_negative("theta", self.theta.detach())
-            return self.theta.detach()
-        # an optimizer may have stepped below zero; .data, since what an earlier forward pass saved stays valid
-        self.theta.data.clamp_(min=0)
-        return self.theta.detach() - self.bandwidth / 2
+        trains = self._project()
+        return self.theta.detach() - self.bandwidth / 2 if trains else self.theta.detach()
 
-    def dense(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
-        check.non_negative("theta", self.theta)
+    def _project(self) -> bool:
+        """Whether this is training, where an optimizer may have stepped below zero and theta is set back."""
+        trains = self.training and torch.is_grad_enabled()
+        if trains:  # .data, since what an earlier forward pass saved stays valid
+            self.theta.data.clamp_(min=0)
+        check.non_negative("theta", self.theta.detach())  # in training, that it is a number
+        return trains
+
+    def dense(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, select_scale: Tensor | None = None) -> Tensor:
+        _no_ranking(self, select_scale)
+        self._project()
         if torch.is_grad_enabled():  # the fused GEMM keeps no pre-activations, which theta's gradient needs
             return super().dense(x, W_enc, b_enc)
         return functional.dense_encode(x, W_enc, b_enc, self.theta)

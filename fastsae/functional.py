@@ -135,9 +135,8 @@ def reconstruction_loss(
         raise ValueError("prefixes and ks were both given: pass one of them")
     check.tensor("target", target)
     if target.shape[:-1] != code.shape[:-1]:
-        raise ValueError(
-            f"target has shape {list(target.shape)}: expected {[*code.shape[:-1], W_dec.shape[1]]}, a row for each row of the code"
-        )
+        expected = [*code.shape[:-1], W_dec.shape[1]]
+        raise ValueError(f"target has shape {list(target.shape)}: expected {expected}, a row for each row of the code")
     levels = 1
     values, latents, bounds, by_latent = code.values, code.latents, code.offsets, code.by_latent
     if prefixes is not None:

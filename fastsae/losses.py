@@ -208,10 +208,10 @@ def part(sae: SAE, x: Tensor, latents: Tensor) -> Part:
 def auxk(
     dead: Part, error: Tensor, k: int | None = None, relu: bool = False, magnitude: bool = False, scaled: bool = True
 ) -> Tensor:
-    """s · mean_n |ê[n] - r[n]|²,  r = -error, detached,  ê[n] = Σ over n's k best dead latents of pre · W_dec,  s = min(M / k, 1).
+    """s · mean_n |ê[n] - r[n]|²,  r = -error, detached,  ê[n] = Σ over n's k best dead f of pre[n, f] · W_dec[f].
 
-    Each row's k best (D / 2 unless given) of the dead latents reconstruct what the living left over. `relu` of pre or pre
-    itself; `magnitude` ranks by |pre|; without `scaled`, s = 1.
+    The M dead latents reconstruct what the living left over, each row by its k best, k = D / 2 unless given. With `scaled`
+    s = min(M / k, 1), else 1. `relu`: of relu(pre). `magnitude`: the best by |pre|.
     """
     M = dead.b_enc.shape[0]
     k = max(1, error.shape[-1] // 2) if k is None else k
@@ -224,8 +224,9 @@ def auxk(
 
 
 def auxk_normalised(dead: Part, error: Tensor, k: int | None = None) -> Tensor:
-    """mean_n |ê[n] - r[n]|² / variance(r), with ê of relu(pre): how much of r the dead leave unexplained. 0 where r is constant."""
-    return (auxk(dead, error, k, relu=True, scaled=False) / variance(error.detach())).nan_to_num(0.0, 0.0)
+    """mean_n |ê[n] - r[n]|² / variance(r), ê of relu(pre): the share of r that is left unexplained. 0 where r is constant."""
+    of_r = variance(error.detach())
+    return auxk(dead, error, k, relu=True, scaled=False) / torch.where(of_r > 0, of_r, torch.inf)
 
 
 def pre_act(dead: Part, theta: Tensor) -> Tensor:
@@ -265,7 +266,7 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def _decoded(dead: Part, activate: Callable[[Tensor, At], Tensor]) -> Tensor:
-    """activate(x W_enc + b_enc) W_dec [N, D_out], by chunks of latents. Of dead latents a large share takes part, so GEMMs win."""
+    """activate(x W_enc + b_enc) W_dec [N, D_out] by chunks of latents: GEMMs, since a large share of the dead takes part."""
     none = dead.W_dec.new_zeros(dead.W_dec.shape[1])
     y, _ = functional.reconstruct_dense(
         dead.x, dead.W_enc, dead.b_enc, dead.W_dec, none, lambda pre, at, _: activate(pre, at)

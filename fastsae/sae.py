@@ -21,6 +21,7 @@ class SAE(nn.Module):
         skip: bool = False,
         apply_b_dec_to_input: bool | None = None,
         decoder_norm: float = 0.1,
+        rescale_acts_by_decoder_norm: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -39,6 +40,8 @@ class SAE(nn.Module):
         self.apply_b_dec_to_input = not transcodes if apply_b_dec_to_input is None else apply_b_dec_to_input
         if self.apply_b_dec_to_input and self.d_out != d_in:
             raise ValueError(f"apply_b_dec_to_input needs d_out == d_in, got {self.d_out} and {d_in}: pass False")
+
+        self.rescale_acts_by_decoder_norm = rescale_acts_by_decoder_norm
 
         def empty(*size: int) -> Tensor:
             return torch.empty(*size, device=device, dtype=dtype)
@@ -60,7 +63,8 @@ class SAE(nn.Module):
         if self.W_enc.stride(0) != 1:
             self.W_enc = nn.Parameter(self.W_enc.detach().T.contiguous().T, self.W_enc.requires_grad)
 
-    def _input(self, x: Tensor) -> Tensor:
+    def encoder_input(self, x: Tensor) -> Tensor:
+        """What the encoder sees of x [..., d_in]."""
         check.tensor("x", x)
         if x.shape[-1:] != (self.d_in,):
             raise ValueError(f"x has shape {list(x.shape)}: expected [..., d_in={self.d_in}]")
@@ -71,17 +75,21 @@ class SAE(nn.Module):
             )
         return x - self.b_dec if self.apply_b_dec_to_input else x
 
+    def select_scale(self) -> Tensor | None:
+        """[F] With `rescale_acts_by_decoder_norm`, latents rank by pre · |W_dec[f]|; values are unchanged by it."""
+        return self.W_dec.detach().norm(dim=1) if self.rescale_acts_by_decoder_norm else None
+
     def _activate(self, code: SparseCode) -> SparseCode:
         return code.with_values(self.activation.activate(code.values, gather(code), self.b_enc))
 
     def encode_sparse(self, x: Tensor, latents: Tensor | None = None) -> SparseCode:
         """The code of x [..., d_in]; with `latents`, only the entries of these, under their own ids."""
-        code = self._activate(self.activation.encode(self._input(x), self.W_enc, self.b_enc))
+        code = self._activate(self.activation.encode(self.encoder_input(x), self.W_enc, self.b_enc, self.select_scale()))
         return code if latents is None else code.restrict(latents)
 
     def encode(self, x: Tensor) -> Tensor:
         """Activations as a dense [..., d_sae], what every host library's users expect."""
-        return self.activation.dense(self._input(x), self.W_enc, self.b_enc)
+        return self.activation.dense(self.encoder_input(x), self.W_enc, self.b_enc, self.select_scale())
 
     def decode(self, code: SparseCode | Tensor) -> Tensor:
         """Reconstruction [..., d_out] of a sparse code or of dense activations."""
@@ -96,12 +104,12 @@ class SAE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruct x [..., d_in] without ever building [..., d_sae]."""
-        centred = self._input(x)
+        centred, scale = self.encoder_input(x), self.select_scale()
         if torch.compiler.is_compiling():  # a graph cannot branch on how many entries there are
-            code = self.activation.encode(centred, self.W_enc, self.b_enc)
+            code = self.activation.encode(centred, self.W_enc, self.b_enc, scale)
         else:
             limit = int(x.numel() // self.d_in * self.d_sae * functional.SPARSE_BELOW)
-            code = self.activation.encode_within(centred, self.W_enc, self.b_enc, limit)
+            code = self.activation.encode_within(centred, self.W_enc, self.b_enc, limit, scale)
         if code is None:
             y, _ = functional.reconstruct_dense(
                 centred, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.activation.activate

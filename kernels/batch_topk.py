@@ -7,7 +7,7 @@ Equal scores: the lower row wins, then the lower latent. Exact for any input, wi
 On a CPU rows come by blocks. The N·k largest of (the entries kept so far and the block's tile maxima) are that many real
 scores, so the smallest of them is a lower bound on the final threshold; only tiles whose maximum reaches it are opened.
 On a GPU each row keeps its own k' = 4k best (topk.py), and the batch is cut from those. That is proven exact row by row: a
-row whose worst candidate was not chosen has nothing better left outside. Rows where it was chosen are selected again
+row with a candidate that was not chosen has nothing better left outside. Rows where all were chosen are selected again
 with four times the candidates; the number of such rows, nearly always zero, is the one value read on the host.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from . import check
 from .backend import accumulator, op, runs_triton
 from .scores import row_blocks
-from .topk import CPU_TILE, FUSED, score_of, stream_topk, tile_maxima
+from .topk import CPU_TILE, FUSED, MOST_SLOTS, block_topk, score_of, stream_topk, tile_maxima
 
 SPARE = 4  # candidates a row keeps on a GPU, in units of k; untuned
 
@@ -82,32 +82,36 @@ def _select_triton(
     N, F = x.shape[0], W_enc.shape[1]
     m = N * k
 
-    def candidates(rows: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(score, pre, latents) of these rows' `count` best, in fp32 so that ties are the accumulator's. [R, count]"""
-        pre, latents = stream_topk(rows, W_enc, b_enc, count, scale, magnitude, fused)
-        score = pre if scale is None else pre * scale.float()[latents]
-        return score.abs() if magnitude else score, pre, latents
+    def candidates(rows: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(row, latent, pre, score) of these rows' `count` best; in fp32, so that ties are the accumulator's. [R·count]"""
+        if count <= MOST_SLOTS:
+            pre, latents = stream_topk(x[rows], W_enc, b_enc, count, scale, magnitude, fused)
+        else:
+            pre, latents = block_topk(x[rows], W_enc, b_enc, count, scale, magnitude)
+        score = score_of(pre, None if scale is None else scale.to(pre.dtype)[latents], magnitude)
+        return rows.repeat_interleave(count), latents.flatten(), pre.flatten(), score.flatten()
 
     count = min(F, SPARE * k)
-    score, pre, latents = candidates(x, count)
+    row, latent, pre, score = candidates(torch.arange(N, device=x.device), count)
     while True:
-        kept = _keep_best(score.flatten(), m).view(N, -1)
-        worst = score.argmin(1, keepdim=True)
-        short = kept.gather(1, worst).squeeze(1).nonzero().squeeze(1)  # rows that may own more than their candidates
+        kept = _keep_best(score, m)
+        owned = torch.zeros(N, dtype=torch.int64, device=x.device).index_add_(0, row, kept.long())
+        short = (owned == count).nonzero().squeeze(1)  # every candidate was chosen: there may be more
         if count == F or not short.numel():
             break
-        more = min(F, SPARE * count) - count
-        # the other rows get slots that never win
-        score = torch.nn.functional.pad(score, (0, more), value=float("-inf"))
-        pre, latents = (torch.nn.functional.pad(t, (0, more)) for t in (pre, latents))
-        count += more
-        score[short], pre[short], latents[short] = candidates(x[short], count)
+        # rows that were proven stay proven, since the bar only rises; these rows own `count` each, so the pool stays
+        # below 2 · SPARE · N·k entries
+        count = min(F, SPARE * count)
+        others = ~torch.isin(row, short)
+        pool = zip((row, latent, pre, score), candidates(short, count), strict=True)
+        row, latent, pre, score = (torch.cat([old[others], new]) for old, new in pool)
+        row, order = row.sort(stable=True)
+        latent, pre, score = latent[order], pre[order], score[order]
     # compaction without a read: slot m takes what is dropped
-    position = torch.where(kept.flatten(), kept.flatten().cumsum(0) - 1, m)
-    out_pre = pre.new_empty(m + 1).scatter_(0, position, pre.flatten())
-    out_latents = latents.new_empty(m + 1).scatter_(0, position, latents.flatten())
-    offsets = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0)).int()
-    return out_pre[:m].to(x.dtype), out_latents[:m].clone(), offsets
+    position = torch.where(kept, kept.cumsum(0) - 1, m)
+    out_pre = pre.new_empty(m + 1).scatter_(0, position, pre)
+    out_latents = latent.new_empty(m + 1).scatter_(0, position, latent)
+    return out_pre[:m].to(x.dtype), out_latents[:m].clone(), torch.nn.functional.pad(owned.cumsum(0), (1, 0)).int()
 
 
 @op

@@ -60,7 +60,8 @@ def finite(name: str, t: Tensor) -> None:
 
 def non_negative(name: str, t: Tensor) -> None:
     if _values_can_be_read(t) and not (t >= 0).all():
-        raise ValueError(f"{name} has a minimum of {float(t.detach().min()):g}: it must be >= 0; clamp it with {name}.clamp_(min=0)")
+        low = float(t.detach().min())
+        raise ValueError(f"{name} has a minimum of {low:g}: it must be >= 0; clamp it with {name}.clamp_(min=0)")
 
 
 def k_fits(k: int, F: int) -> None:

@@ -65,6 +65,11 @@ def _(W):
     return W.new_empty(W.shape[0])
 
 
+def norm_slope(g: Tensor, norms: Tensor) -> Tensor:
+    """g / |w|, and 0 for a zero row, as torch has it."""
+    return torch.where(norms > 0, g / norms, 0)
+
+
 def _setup(ctx, inputs, output):
     ctx.save_for_backward(inputs[0], output)
 
@@ -73,7 +78,7 @@ def _backward(ctx, g):
     W, norms = ctx.saved_tensors
     waiting = deferred(W)
     if waiting is None:
-        return (g / norms)[:, None] * W
+        return norm_slope(g, norms)[:, None] * W
     waiting.dnorm = g if waiting.dnorm is None else waiting.dnorm + g
     return None
 

@@ -66,6 +66,16 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
             Tile({"BLOCK_D": 8192}, warps=16, width=8192),
         )
     },
+    # one row of the matrix, its two moments and its gradient in registers; 4096 at 8 warps spilled 8 bytes on sm_80
+    "update": {
+        "any": (
+            Tile({"BLOCK_D": 256}, warps=1, width=256),
+            Tile({"BLOCK_D": 1024}, warps=2, width=1024),
+            Tile({"BLOCK_D": 2048}, warps=4, width=2048),
+            Tile({"BLOCK_D": 4096}, warps=16, width=4096),
+            Tile({"BLOCK_D": 8192}, warps=16, width=8192),
+        )
+    },
 }
 
 

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from . import check
-from .backend import op, runs_triton, tl, triton
+from .backend import accumulator, op, runs_triton, tl, triton
 from .dense_encode import gemm
 from .scores import CHUNK, chunk_gemm, row_blocks
 from .tiles import tile
 
+MOST_SLOTS = 8192  # keys a program can keep in registers
 CPU_TILE = 64  # measured: 32, 64, 128 within noise of each other at F 24,576, k 32
 
 
@@ -83,16 +84,17 @@ def _topk_rows(score: Tensor, k: int) -> Tensor:
     return latents.gather(1, _best(candidates, k).sort(-1).values)
 
 
-def _select_torch(
+def block_topk(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, scale: Tensor | None, magnitude: bool
 ) -> tuple[Tensor, Tensor]:
-    pre_out = x.new_empty(x.shape[0], k)
+    """(pre [N, k] in fp32 or fp64, latents [N, k]), by blocks of rows."""
+    pre_out = torch.empty(x.shape[0], k, dtype=accumulator(x.dtype), device=x.device)
     latents_out = torch.empty(x.shape[0], k, dtype=torch.int32, device=x.device)
     for first, pre in row_blocks(x, W_enc, b_enc):
         latents = _topk_rows(score_of(pre, scale, magnitude), k)
         pre_out[first : first + pre.shape[0]] = pre.gather(1, latents)
         latents_out[first : first + pre.shape[0]] = latents
-    return pre_out.flatten(), latents_out.flatten()
+    return pre_out, latents_out
 
 
 # -------------------------------------------------------------------------------------------------------------- Triton
@@ -213,10 +215,11 @@ def select_topk_forward(
 ) -> tuple[Tensor, Tensor]:
     if not x.shape[0]:
         return x.new_empty(0), torch.empty(0, dtype=torch.int32, device=x.device)
-    if runs_triton(x):
+    if runs_triton(x) and k <= MOST_SLOTS:
         pre, latents = stream_topk(x, W_enc, b_enc, k, scale, magnitude, fused)
-        return pre.flatten().to(x.dtype), latents.flatten()
-    return _select_torch(x, W_enc, b_enc, k, scale, magnitude)
+    else:
+        pre, latents = block_topk(x, W_enc, b_enc, k, scale, magnitude)
+    return pre.flatten().to(x.dtype), latents.flatten()
 
 
 @select_topk_forward.register_fake

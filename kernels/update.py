@@ -4,7 +4,7 @@ A sparse code's gradient is a sum of outer products,  dW[f] = Σ over e with f(e
 (the code and an [R, D] table) say all of it in E + R·D numbers instead of F·D. One program per latent adds up the row in
 registers, and in the same breath
 
-    dW[f] += dnorm[f] · w / |w|        the gradient through decoder norms, where a loss asks for them
+    dW[f] += dnorm[f] · w / |w|        the gradient through decoder norms, where a loss asks for them (0 for a zero row)
     dW[f] -= (dW[f] · w) w / |w|²      if the decoder is kept at unit norm: only the part along the sphere moves it
     Adam: m, v, bias correction, eps and (L2) weight decay as torch.optim.Adam has them
     w      = w / |w|                   if the decoder is kept at unit norm
@@ -18,7 +18,7 @@ Segments longer than SPLIT are summed in parts first, in a fixed order: the same
 of SLICE latents, so that one slice's gradient is all there ever is.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from torch.optim.adam import adam
 from . import by_latent
 from .backend import runs_triton, tl, triton
 from .by_latent import WIDEST, segment_rows
-from .deferred import Factors
+from .deferred import Factors, norm_slope
 from .tiles import tile
 
 SLICE = 4096  # latents per slice on a CPU: a gradient of 12 MB at D 768
@@ -40,7 +40,7 @@ def gradient_reference(
     dW = torch.zeros_like(W) if stored is None else stored.clone()
     dW.index_add_(0, factors.latents, factors.coefficients[:, None] * factors.table[factors.rows])
     if dnorm is not None:
-        dW += dnorm[:, None] * W / W.norm(dim=1, keepdim=True)
+        dW += torch.nn.functional.normalize(W, dim=1, eps=1e-38) * dnorm[:, None]
     if project:
         dW -= (dW * W).sum(1, keepdim=True) / W.square().sum(1, keepdim=True) * W
     return dW
@@ -78,31 +78,35 @@ def _update_kernel(
     f = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     inside = d < D
-    w = tl.load(W + f * D + d, mask=inside, other=0.0).to(tl.float32)
-    grad = tl.zeros([BLOCK_D], dtype=tl.float32)
+    if HAS_STORED:
+        grad = tl.load(stored + f * D + d, mask=inside, other=0.0)
+    else:
+        grad = tl.zeros([BLOCK_D], dtype=tl.float32)
     low, high = tl.load(starts + f), tl.load(starts + f + 1)
-    if SPLITS:  # on its own: a branch on a run-time value is compiled whether or not there are parts
+    if SPLITS:
         count = tl.load(parts + f)
-        if count > 1:
-            first = tl.load(slot_of + f).to(tl.int64)
-            for part in range(count):
-                grad += tl.load(partial + (first + part) * D + d, mask=inside, other=0.0)
-            low = high
+        first = tl.load(slot_of + f).to(tl.int64) * (count > 1)
+        for part in range(tl.where(count > 1, count, 0)):
+            grad += tl.load(partial + (first + part) * D + d, mask=inside, other=0.0)
+        low = tl.where(count > 1, high, low)
     for i in range(low, high):
         e = tl.load(order + i)
         r = tl.load(rows + e).to(tl.int64)
         row = tl.load(table + r * stride_t + d, mask=inside, other=0.0).to(tl.float32)
         grad += tl.load(coefficients + e).to(tl.float32) * row
-    if HAS_STORED:
-        grad += tl.load(stored + f * D + d, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(W + f * D + d, mask=inside, other=0.0)
     if HAS_DNORM:
-        grad += tl.load(dnorm + f).to(tl.float32) * w / tl.sqrt(tl.sum(w * w))
-    if UNIT_NORM:
-        grad -= tl.sum(grad * w) / tl.sum(w * w) * w
-
+        square = tl.sum(w * w)
+        grad += tl.where(square > 0.0, tl.load(dnorm + f) / tl.sqrt(square), 0.0) * w
     if NORM_ONLY:
-        tl.store(squares + f, tl.sum(grad * grad))
+        along = 0.0
+        if UNIT_NORM:  # Pythagoras, without building the projected row
+            dot = tl.sum(grad * w)
+            along = dot * dot / tl.sum(w * w)
+        tl.store(squares + f, tl.maximum(tl.sum(grad * grad) - along, 0.0))
     else:
+        if UNIT_NORM:
+            grad -= tl.sum(grad * w) / tl.sum(w * w) * w
         correction1, correction2_root = tl.load(scalars), tl.load(scalars + 1)
         grad *= tl.load(scalars + 2)
         bad = tl.where(tl.sum(grad * 0.0) == 0.0, 0, 1)  # inf · 0 and NaN · 0 are NaN
@@ -154,7 +158,7 @@ def _triton_path(
     lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, unit_norm: bool, norm_only: bool,
 ) -> Tensor:  # fmt: skip
     F, D = W.shape
-    chosen = tile("latent", W.device, D)
+    chosen = tile("update", W.device, D)
     BLOCK_D = triton.next_power_of_2(D)
     long = _sum_parts(factors, order, starts, D, BLOCK_D, chosen.warps)
     result = torch.empty(F, dtype=torch.float32 if norm_only else torch.int32, device=W.device)
@@ -180,7 +184,7 @@ def _slices(factors, order, starts, stored, dnorm, W, unit_norm):
         if stored is not None:
             grad += stored[part]
         if dnorm is not None:
-            grad += (dnorm[part] / w.norm(dim=1))[:, None] * w
+            grad += norm_slope(dnorm[part], w.norm(dim=1))[:, None] * w
         if unit_norm:
             grad -= (torch.linalg.vecdot(grad, w) / torch.linalg.vecdot(w, w))[:, None] * w
         yield part, grad
@@ -215,14 +219,19 @@ def _torch_path(
     return skipped
 
 
-def _path(factors: Factors, W: Tensor):
+def _apply(
+    factors: Factors, index: tuple[Tensor, Tensor], stored: Tensor | None, dnorm: Tensor | None, W: Tensor,
+    *rest: Any, unit_norm: bool, norm_only: bool,
+) -> Tensor:  # fmt: skip
     if W.dtype not in (torch.float32, torch.float64) or factors.table.dtype != W.dtype or not W.is_contiguous():
         raise TypeError(
             f"the matrix is {W.dtype} with strides {W.stride()} and its gradient's table {factors.table.dtype}: "
             "row updates take a contiguous float32 [F, D] and factors of the same dtype"
         )
     # a row too wide for one program goes through slices on a GPU too
-    return _triton_path if runs_triton(W) and W.shape[1] <= WIDEST else _torch_path
+    path = _triton_path if runs_triton(W) and W.shape[1] <= WIDEST else _torch_path
+    # the gradient through a row's norm lies along the row, and at unit norm that part is removed
+    return path(factors, *index, stored, None if unit_norm else dnorm, W, *rest, unit_norm=unit_norm, norm_only=norm_only)
 
 
 def gradient_squares(
@@ -230,8 +239,8 @@ def gradient_squares(
     stored: Tensor | None = None, dnorm: Tensor | None = None, unit_norm: bool = False,
 ) -> Tensor:  # fmt: skip
     """|dW[f]|² [F] of the gradient that `update_rows` would apply: what clipping by a global norm asks first."""
-    hyper = (0.0,) * 5
-    return _path(factors, W)(factors, *index, stored, dnorm, W, None, None, None, *hyper, unit_norm, norm_only=True)
+    unused = (None,) * 3 + (0.0,) * 5  # moments, scalars, hyperparameters
+    return _apply(factors, index, stored, dnorm, W, *unused, unit_norm=unit_norm, norm_only=True)
 
 
 def update_rows(
@@ -245,4 +254,4 @@ def update_rows(
     clipping factor, whether to step (0 or 1), and t.
     """
     hyper = (lr, *betas, eps, weight_decay)
-    return _path(factors, W)(factors, *index, stored, dnorm, W, m, v, scalars, *hyper, unit_norm, norm_only=False)
+    return _apply(factors, index, stored, dnorm, W, m, v, scalars, *hyper, unit_norm=unit_norm, norm_only=False)

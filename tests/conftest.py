@@ -1,6 +1,7 @@
 """Every test: a fixed seed and poisoned memory. Kernel tests: both paths, chosen by the `path` fixture."""
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before fastsae.kernels defines its kernels
 
 from fastsae.kernels import backend
+
+collect_ignore = [] if find_spec("sae_lens") else ["hosts"]  # test_hosts.py runs those in .venv-hosts
 
 try:
     from hypothesis import HealthCheck, settings

@@ -142,6 +142,16 @@ def test_many_candidates_a_row_are_asked_for_only_where_needed(device, monkeypat
     same(kernels.select_batch_topk(x, W, b, 3), kernels.select_batch_topk_reference(x, W, b, 3))
 
 
+def test_more_keys_than_a_program_holds(device, monkeypatch):
+    """Above MOST_SLOTS a row goes by blocks on a GPU too: plain top-k, and the repair of a batch with one huge row."""
+    for module in (topk, batch_topk):
+        monkeypatch.setattr(module, "MOST_SLOTS", 8)
+    x, W, b, _ = integers(4, 3, 150, device)
+    same(kernels.select_topk(x, W, b, 9), kernels.select_topk_reference(x, W, b, 9))
+    x[1:] = 0
+    same(kernels.select_batch_topk(x, W, b * 0, 6), kernels.select_batch_topk_reference(x, W, b * 0, 6))
+
+
 def test_nonzero_flat_finds_what_nonzero_finds():
     for size in (0, 7, 1 << 16, (1 << 16) + 13):
         mask = torch.rand(size) < 0.01

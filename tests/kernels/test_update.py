@@ -7,7 +7,7 @@ from helpers import random_code
 from fastsae import kernels
 from fastsae.kernels import by_latent
 from fastsae.kernels.by_latent import bag_of_entries
-from fastsae.kernels.deferred import Deferred, Factors
+from fastsae.kernels.deferred import Deferred, Factors, row_norms
 from fastsae.kernels.update import gradient_reference, gradient_squares, update_rows
 
 BETAS, EPS, LR = (0.9, 0.999), 1e-8, 1e-2
@@ -51,6 +51,20 @@ def test_follows_adam(N, D, F, E, unit_norm, extras, decay, split, device, monke
     # D = 1 at unit norm projects to rounding noise, which Adam blows up to a full step: only the norm is defined there
     if not (unit_norm and D == 1):
         torch.testing.assert_close(W, expected.detach(), rtol=0, atol=1e-6)
+
+
+def test_a_zero_row_has_no_gradient_through_its_norm(device):
+    """As torch has it; a division would make the row NaN."""
+    W, m, v = state(4, 10, device)
+    W[1] = 0
+    leaf = W.clone().requires_grad_()
+    row_norms(leaf).sum().backward()
+    assert torch.isfinite(leaf.grad).all() and not leaf.grad[1].any()
+    factors = Deferred().joined(W)
+    index = kernels.sort_by_latent(factors.latents, 4)
+    dnorm = torch.ones(4, device=device)
+    assert not update_rows(factors, index, W, m, v, scalars_at(1, device), LR, BETAS, EPS, dnorm=dnorm).any()
+    assert torch.isfinite(W).all() and not W[1].any() and m[0].any()
 
 
 def test_the_same_bits_twice(device, monkeypatch):
