@@ -200,6 +200,8 @@ class JumpReLU(_Threshold):
         return functional.dense_encode(x, W_enc, b_enc, self.theta)
 
     def activate(self, pre: Tensor, at: At, b_enc: Tensor) -> Tensor:
+        if not self.training:  # the code holds no entries below theta: half a window would be a wrong gradient
+            return pre * (pre > at(self.theta))
         return _Jump.apply(pre, at(self.theta), self.bandwidth, self.ste_to_input)
 
     def extra_repr(self) -> str:

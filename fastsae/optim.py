@@ -95,9 +95,9 @@ class FusedAdam(torch.optim.Optimizer):
             state = self._moments(p)
             ok = live * torch.isfinite(p.grad).all()
             adam(
-                [p], [p.grad * clip], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]], fused=True, found_inf=1 - ok,
-                lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
-                eps=group["eps"], amsgrad=False, maximize=False,
+                [p], [p.grad * clip], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
+                fused=True, found_inf=1 - ok, amsgrad=False, maximize=False, lr=group["lr"], eps=group["eps"],
+                beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
             )  # fmt: skip
             self.skipped += (live - ok).long()
         return loss

@@ -205,6 +205,9 @@ def test_no_pseudo_gradient_where_nothing_trains():
     assert torch.equal(training.l0(), plain.l0())
     for code in (plain, evaluating):
         assert torch.equal(code.dense(), training.dense())
+    for y in (sae.decode(evaluating), sae.decode(sae.encode(x))):  # not half a window's either
+        (theta_grad,) = torch.autograd.grad(y.sum(), sae.activation.theta, materialize_grads=True, allow_unused=True)
+        assert not theta_grad.any()
 
 
 def test_training_sets_a_negative_theta_back_to_zero():

@@ -130,7 +130,12 @@ def test_state_survives_a_round_trip_and_schedulers_work():
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"lr": -1.0}, "lr=-1.0"), ({"betas": (0.9, 1.0)}, "beta < 1"), ({"max_norm": 0.0}, "norm > 0"), ({"eps": -1.0}, "eps=-1.0")],
+    [
+        ({"lr": -1.0}, "lr=-1.0"),
+        ({"betas": (0.9, 1.0)}, "beta < 1"),
+        ({"max_norm": 0.0}, "norm > 0"),
+        ({"eps": -1.0}, "eps=-1.0"),
+    ],
 )
 def test_impossible_settings_are_refused(options, words):
     with pytest.raises(ValueError, match=words):

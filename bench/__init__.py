@@ -1,0 +1,1 @@
+"""What fastsae is measured by. Nothing in fastsae imports it."""
