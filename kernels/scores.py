@@ -12,29 +12,46 @@ from torch import Tensor
 from .backend import accumulator
 
 CHUNK = 4096  # latents per chunk on a GPU: 134 MB of fp32 scores at N = 8192
-BLOCK_ELEMENTS = 1 << 24  # scores per block of rows on a CPU: 64 MB, so that the GEMM sees some hundred rows
+BLOCK_ELEMENTS = 1 << 24  # scores per block of rows on a CPU: 64 MB. 2^23 is as fast within noise, 2^22 10 % slower
 PANEL = 64  # latents per small product where there are few rows
+
+
+# The last buffer of row_blocks on a CPU, by dtype. Fresh memory costs a page fault every 4 KB, 10 % of a training step.
+_spare: dict[torch.dtype, Tensor] = {}
 
 
 def row_blocks(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Iterator[tuple[int, Tensor]]:
     """(first row, pre-activations [R, F] in fp32 or fp64) by blocks of rows, in one buffer that each step overwrites."""
     N, F = x.shape[0], W_enc.shape[1]
     blocks = max(1, -(-N * F // BLOCK_ELEMENTS))
-    rows = min(max(1, -(-N // blocks)), max(1, BLOCK_ELEMENTS // F))
+    rows = min(max(1, -(-N // blocks)), max(1, BLOCK_ELEMENTS // F), N)
     wide = accumulator(x.dtype)
-    buffer = torch.empty(min(rows, N), F, dtype=wide, device=x.device)
-    for first in range(0, N, rows):
-        part = x[first : first + rows]
-        pre = buffer[: part.shape[0]]
-        if x.dtype != wide:  # 16 bits: widen the operands chunk by chunk, since a 16-bit GEMM would round before selection
-            for f in range(0, F, CHUNK):
-                columns = slice(f, f + CHUNK)
-                torch.addmm(b_enc[columns].to(wide), part.to(wide), W_enc[:, columns].to(wide), out=pre[:, columns])
-        elif 2 < part.shape[0] <= 32 and W_enc.T.is_contiguous() and not x.is_cuda:
-            _few_rows(part, W_enc.T, b_enc, pre)
-        else:
-            torch.addmm(b_enc, part, W_enc, out=pre)
-        yield first, pre
+    # taken out while in use, so that another thread, or a selection that encodes, gets its own
+    flat = None if x.is_cuda else _spare.pop(wide, None)
+    if flat is None or flat.numel() < rows * F:
+        flat = torch.empty(rows * F, dtype=wide, device=x.device)
+    try:
+        for first in range(0, N, rows):
+            part = x[first : first + rows]
+            pre = flat[: part.shape[0] * F].view(-1, F)
+            _scores(part, W_enc, b_enc, pre)
+            yield first, pre
+    finally:
+        if not x.is_cuda and flat.numel() <= BLOCK_ELEMENTS:
+            _spare[wide] = flat
+
+
+def _scores(x: Tensor, W_enc: Tensor, b_enc: Tensor, out: Tensor) -> None:
+    """out = x W_enc + b_enc in out's dtype."""
+    if x.dtype != out.dtype:  # 16 bits: widen the operands chunk by chunk, since a 16-bit GEMM would round before selection
+        for f in range(0, W_enc.shape[1], CHUNK):
+            columns = slice(f, f + CHUNK)
+            operands = (t.to(out.dtype) for t in (b_enc[columns], x, W_enc[:, columns]))
+            torch.addmm(*operands, out=out[:, columns])
+    elif 2 < x.shape[0] <= 32 and W_enc.T.is_contiguous() and not x.is_cuda:
+        _few_rows(x, W_enc.T, b_enc, out)
+    else:  # addmm would copy the bias into the block, which the GEMM then reads: 5 % slower
+        torch.mm(x, W_enc, out=out).add_(b_enc)
 
 
 def _few_rows(x: Tensor, W: Tensor, bias: Tensor, out: Tensor) -> None:
@@ -56,6 +73,18 @@ def _few_rows(x: Tensor, W: Tensor, bias: Tensor, out: Tensor) -> None:
     out[:, :whole] += bias[:whole]
     if whole < F:
         torch.addmm(bias[whole:], x, W[whole:].T, out=out[:, whole:])
+
+
+def nonzero_flat(mask: Tensor) -> Tensor:
+    """Flat positions of True in a contiguous mask, ascending; most bytes are False, so look at eight at a time."""
+    flat = mask.flatten()
+    whole = flat.numel() // 8 * 8
+    if whole < 1 << 16:
+        return flat.nonzero().squeeze(1)
+    words = flat[:whole].view(torch.int64).nonzero().squeeze(1)
+    bytes_ = words[:, None] * 8 + torch.arange(8, device=mask.device)
+    found = bytes_[flat[:whole].view(-1, 8)[words]]
+    return torch.cat([found, flat[whole:].nonzero().squeeze(1) + whole])
 
 
 def chunk_gemm(x: Tensor, W: Tensor, out: Tensor) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import check
 from .backend import op, runs_triton, tl, triton
-from .scores import CHUNK, chunk_gemm, row_blocks
+from .scores import CHUNK, chunk_gemm, nonzero_flat, row_blocks
 from .tiles import tile
 
 
@@ -28,18 +28,6 @@ def select_threshold_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, theta: T
     fires = pre > theta
     rows, latents = fires.nonzero(as_tuple=True)
     return pre[rows, latents], latents.int(), torch.nn.functional.pad(fires.sum(1).cumsum(0), (1, 0)).int()
-
-
-def nonzero_flat(mask: Tensor) -> Tensor:
-    """Flat positions of True in a contiguous mask, ascending; most bytes are False, so look at eight at a time."""
-    flat = mask.flatten()
-    whole = flat.numel() // 8 * 8
-    if whole < 1 << 16:
-        return flat.nonzero().squeeze(1)
-    words = flat[:whole].view(torch.int64).nonzero().squeeze(1)
-    bytes_ = words[:, None] * 8 + torch.arange(8, device=mask.device)
-    found = bytes_[flat[:whole].view(-1, 8)[words]]
-    return torch.cat([found, flat[whole:].nonzero().squeeze(1) + whole])
 
 
 def _select_torch(

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import check
 from .backend import accumulator, op, runs_triton, tl, triton
 from .dense_encode import gemm
-from .scores import CHUNK, chunk_gemm, row_blocks
+from .scores import CHUNK, chunk_gemm, nonzero_flat, row_blocks
 from .tiles import tile
 
 MOST_SLOTS = 8192  # keys a program can keep in registers
@@ -69,19 +69,29 @@ def _best(score: Tensor, k: int) -> Tensor:
 
 def _topk_rows(score: Tensor, k: int) -> Tensor:
     """The latents of each row's k best, ascending. score [R, F] -> [R, k] int64"""
-    R, F = score.shape
-    width = CPU_TILE
-    tiles = -(-F // width)
+    (R, F), width = score.shape, CPU_TILE
     if k * width * 2 >= F:
         return _best(score, k).sort(-1).values
-    chosen = _best(tile_maxima(score, width), k).sort(-1).values  # [R, k]
-    latents = (chosen[:, :, None] * width + torch.arange(width, device=score.device)).view(R, -1)  # ascending
-    if tiles * width == F:
-        rows = torch.arange(R, device=score.device)[:, None] * tiles
-        candidates = score.view(R * tiles, width).index_select(0, (chosen + rows).flatten()).view(R, -1)
+    maxima = tile_maxima(score, width)
+    chosen = _best(maxima, k).sort(-1).values  # [R, k] tiles, ascending
+    if F % width == 0:
+        rows = torch.arange(R, device=score.device)[:, None] * maxima.shape[1]
+        candidates = score.view(-1, width).index_select(0, (chosen + rows).flatten())  # [R·k, width]
     else:
-        candidates = score.gather(1, latents.clamp(max=F - 1)).masked_fill_(latents >= F, float("-inf"))
-    return latents.gather(1, _best(candidates, k).sort(-1).values)
+        columns = (chosen[:, :, None] * width + torch.arange(width, device=score.device)).view(R, -1)
+        candidates = score.gather(1, columns.clamp(max=F - 1)).masked_fill_(columns >= F, float("-inf")).view(-1, width)
+    # k scores of a row reach the least of its chosen maxima, and hardly more than k do
+    bar = maxima.gather(1, chosen).amin(1)
+    at = nonzero_flat(~(candidates < bar.repeat_interleave(k)[:, None]))
+    latents = chosen.flatten()[at // width] * width + at % width
+    row = at // (k * width)
+    counts = torch.bincount(row, minlength=R)
+    slot = torch.arange(at.shape[0], device=at.device) - (counts.cumsum(0) - counts)[row]
+    finalists = candidates.new_full((R, int(counts.max())), float("-inf"))
+    finalists[row, slot] = candidates.flatten()[at]
+    ids = latents.new_zeros(finalists.shape)
+    ids[row, slot] = latents
+    return ids.gather(1, _best(finalists, k).sort(-1).values)
 
 
 def block_topk(
