@@ -228,7 +228,7 @@ def readme_table(comparisons: list[tuple[str, Results]]) -> str:
             e = results["environment"]
             commit = f", commit `{e['commit'][:12]}`" if e["commit"] else ""
             shape = f"N {first['N']:,}, D {first['D']:,}, F {first['F']:,}, k {first['k']}, {first['precision']}"
-            said = f"A TopK training step, optimizer included ({shape}), on {e['device']}{commit}, `{e['command']}`:"
+            said = f"A TopK training step, optimizer included ({shape}), on {e['device']}, {e['date'][:10]}{commit}, `{e['command']}`:"
             parts.append(f"{said}\n\n{markdown(['', 'ms', 'times fastsae', 'peak MB'], lines)}")
     if not any(on_gpu(results) for _, results in comparisons):
         parts.append("Speed on a GPU: not yet measured.")

@@ -393,21 +393,6 @@ def decoder_backward(
     return dvalues, dW_dec
 
 
-def gather_latents_reference(parameter: Tensor, latents: Tensor) -> Tensor:
-    """The definition."""
-    return parameter[latents]
-
-
-@op
-def gather_latents_forward(parameter: Tensor, latents: Tensor, order: Tensor, starts: Tensor) -> Tensor:
-    return parameter[latents]
-
-
-@gather_latents_forward.register_fake
-def _(parameter, latents, order, starts):
-    return parameter.new_empty(latents.shape[0])
-
-
 @op
 def segment_sums(values: Tensor, order: Tensor, starts: Tensor) -> Tensor:
     wide = accumulator(values.dtype)
@@ -417,19 +402,3 @@ def segment_sums(values: Tensor, order: Tensor, starts: Tensor) -> Tensor:
 @segment_sums.register_fake
 def _(values, order, starts):
     return values.new_empty(starts.shape[0] - 1)
-
-
-def _setup_gather(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[2:])
-
-
-def _gather_backward(ctx, g):
-    return segment_sums(g, *ctx.saved_tensors), None, None, None
-
-
-gather_latents_forward.register_autograd(_gather_backward, setup_context=_setup_gather)
-
-
-def gather_latents(parameter: Tensor, latents: Tensor, order: Tensor, starts: Tensor) -> Tensor:
-    """parameter[latents] for a parameter [F]; its gradient is summed latent by latent, the same bits every run."""
-    return gather_latents_forward(parameter, latents, order, starts)
