@@ -114,7 +114,7 @@ def behind(rows: list[Row]) -> str:
 # (how a case's name begins, provider or "") -> why it is faster there
 REASONS = {
     ("step/", "sparsify"): "its default optimizer, sign SGD, has no second moment to read and write",
-    ("forward/TopK/N=1", "sparsify"): "half a millisecond of Python, checks of the input among it, which one row does not hide",
+    ("forward/TopK/N=1", "sparsify"): "one row's work does not hide the fixed costs of a call, input checks among them",
 }
 
 
