@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import kernels
 from .kernels import check
+from .kernels.backend import accumulator
 from .kernels.scores import BLOCK_ELEMENTS, row_blocks
 from .sparse_code import SparseCode
 
@@ -200,9 +201,10 @@ def reconstruct_dense(
         cost = acts.new_zeros(N) if penalty is None else penalty(acts, at).sum(1)
         return acts @ W_d, cost
 
-    y, cost = b_dec.expand(N, -1), rows.new_zeros(N)
+    wide = accumulator(x.dtype)  # many chunks are added up
+    y, cost = b_dec.to(wide).expand(N, -1), rows.new_zeros(N, dtype=wide)
     # split, not slices: its gradient is one concatenation rather than one zero-padded matrix per chunk
     for i, parts in enumerate(zip(W_enc.split(C, 1), b_enc.split(C), W_dec.split(C), strict=True)):
         y_part, cost_part = checkpoint(chunk, i * C, *parts, use_reentrant=False)
         y, cost = y + y_part, cost + cost_part
-    return y.view(*x.shape[:-1], W_dec.shape[1]), cost.view(x.shape[:-1])
+    return y.to(x.dtype).view(*x.shape[:-1], W_dec.shape[1]), cost.view(x.shape[:-1])

@@ -43,6 +43,8 @@ class FusedAdam(torch.optim.Optimizer):
             raise ValueError(f"{came}: pass lr, eps and weight_decay >= 0 and 0 <= beta < 1")
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm={max_norm}: pass a norm > 0, or None for no clipping")
+        if sae.W_dec.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"the SAE is {sae.W_dec.dtype}: FusedAdam steps float32 weights; use sae.float()")
         super().__init__(sae.parameters(), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.sae, self.max_norm, self.unit_norm = sae, max_norm, unit_norm
         self.skipped = torch.zeros((), dtype=torch.int64, device=sae.W_dec.device)
@@ -58,6 +60,13 @@ class FusedAdam(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         for W in (self.sae.W_enc, self.sae.W_dec):
             W.deferred.clear()  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch does, with moments laid out like their parameters whatever layout they were saved in."""
+        super().load_state_dict(state_dict)
+        for p, state in self.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.empty_like(p).copy_(state[name])
 
     def _moments(self, p: Tensor) -> dict[str, Tensor]:
         state = self.state[p]
@@ -81,7 +90,7 @@ class FusedAdam(torch.optim.Optimizer):
         live = torch.ones((), device=sae.W_dec.device) if finite is None else finite.to(torch.float32)
         matrices: list[_Matrix] = []
         for W, rows in ((sae.W_enc, sae.W_enc.T), (sae.W_dec, sae.W_dec)):
-            if W.requires_grad:
+            if W.requires_grad and (W.deferred or W.grad is not None):  # type: ignore[attr-defined]
                 matrices.append(_Matrix(W, rows, self.unit_norm and W is sae.W_dec))
         small = [p for p in group["params"] if p.grad is not None and p is not sae.W_enc and p is not sae.W_dec]
 
@@ -93,9 +102,10 @@ class FusedAdam(torch.optim.Optimizer):
             self.skipped += m.update(self._moments(m.parameter), group, live, clip)
         for p in small:
             state = self._moments(p)
-            ok = live * torch.isfinite(p.grad).all()
+            grad = p.grad * clip
+            ok = live * torch.isfinite(grad).all()
             adam(
-                [p], [p.grad * clip], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
+                [p], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
                 fused=True, found_inf=1 - ok, amsgrad=False, maximize=False, lr=group["lr"], eps=group["eps"],
                 beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
             )  # fmt: skip

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from . import functional
 from .activations import Activation, gather
 from .kernels import check
+from .kernels.deferred import deferred
 from .sparse_code import SparseCode
 
 
@@ -117,6 +118,13 @@ class SAE(nn.Module):
         else:
             y = self.decode(self._activate(code))
         return y if self.W_skip is None else y + x @ self.W_skip.T
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, deferred ones too."""
+        super().zero_grad(set_to_none)
+        for W in (self.W_enc, self.W_dec):
+            if (waiting := deferred(W)) is not None:
+                waiting.clear()
 
     def extra_repr(self) -> str:
         return f"d_in={self.d_in}, d_sae={self.d_sae}, d_out={self.d_out}, skip={self.W_skip is not None}"

@@ -4,6 +4,7 @@ Triton runs on a GPU (and anywhere under TRITON_INTERPRET=1); everything else ru
 is one `torch.library` operator, so that torch.compile sees it whole.
 """
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -60,7 +61,18 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 def op(fn: Callable[..., Any]) -> Any:
     """Register `fn` as the operator fastsae::<its name>."""
     IMPLEMENTATIONS[fn.__name__] = fn
-    return torch.library.custom_op(f"fastsae::{fn.__name__}", fn, mutates_args=())
+
+    @functools.wraps(fn)
+    def on_its_device(*args: Any) -> Any:
+        with device_of(*args):
+            return fn(*args)
+
+    return torch.library.custom_op(f"fastsae::{fn.__name__}", on_its_device, mutates_args=())
+
+
+def device_of(*args: Any) -> Any:
+    """A context in which Triton launches on the GPU of the first tensor, not on the current one; nothing on a CPU."""
+    return torch.cuda.device_of(next((t for t in args if isinstance(t, Tensor)), None))
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -70,6 +82,6 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """tl.dot's input_precision, following torch.set_float32_matmul_precision."""
-    if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
+    if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" or torch.version.hip is not None:
         return "ieee"
     return "tf32"

@@ -38,7 +38,11 @@ def _offsets(rows: Tensor, N: int) -> Tensor:
 
 
 def _keep_best(score: Tensor, m: int) -> Tensor:
-    """Mask of exactly the m largest of a flat list, earlier first among equals; no value is read on the host."""
+    """Mask of exactly the m largest of a flat list, earlier first among equals; no value is read on the host.
+
+    NaN, which a GPU lets in, comes last: it must not leave the mask with fewer than m, whose places nothing would write.
+    """
+    score = score.masked_fill(score.isnan(), float("-inf"))
     threshold = score.topk(m, sorted=False).values.min()
     above = score > threshold
     level = score == threshold
@@ -60,14 +64,15 @@ def _select_torch(
         score = score_of(pre, scale, magnitude)
         maxima = tile_maxima(score, width)
         known = torch.cat([pool_score, maxima.flatten()])
+        known.masked_fill_(known.isnan(), float("-inf"))
         bound = known.topk(m, sorted=False).values.min() if known.numel() >= m else known.new_tensor(float("-inf"))
-        row, opened = (maxima >= bound).nonzero(as_tuple=True)
+        row, opened = (~(maxima < bound)).nonzero(as_tuple=True)
         latent = opened[:, None] * width + within  # [opened tiles, width]
         inside = latent < F
         candidate = score[row[:, None], latent.clamp(max=F - 1)]
-        hit = (candidate >= bound) & inside
+        hit = ~(candidate < bound) & inside
         latent, row = latent[hit], row[:, None].expand_as(hit)[hit]
-        stays = pool_score >= bound
+        stays = ~(pool_score < bound)
         entries = torch.cat([entries[stays], (row + first) * F + latent])
         pool_pre = torch.cat([pool_pre[stays], pre[row, latent]])
         pool_score = torch.cat([pool_score[stays], candidate[hit]])

@@ -75,10 +75,11 @@ def _dots_torch(g: Tensor, bags: Tensor, latents: Tensor, offsets: Tensor, W_dec
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
             pattern = torch.sparse_csr_tensor(offsets, latents, g.new_zeros(E), size=(g.shape[0], W_dec.shape[0]))
             return torch.sparse.sampled_addmm(pattern, g, W_dec.T, beta=0).values()
-    # 16 bits: gather a bounded number of rows at a time and add up in fp32
+    # elsewhere: gather a bounded number of rows at a time
+    wide = accumulator(g.dtype)
     step = max(1, (1 << 22) // g.shape[1])
     parts = [
-        torch.linalg.vecdot(g[bags[e : e + step]].float(), W_dec[latents[e : e + step]].float()) for e in range(0, E, step)
+        torch.linalg.vecdot(g[bags[e : e + step]].to(wide), W_dec[latents[e : e + step]].to(wide)) for e in range(0, E, step)
     ]
     return torch.cat(parts).to(g.dtype)
 
@@ -381,7 +382,7 @@ def decoder_backward(
     if waiting is not None and needs_weights:
         bags = bag_of_entries(offsets, latents.shape[0])
         weights = values if scale is None else values * scale[bags]
-        waiting.factors.append(Factors(g, bags, weights, latents, None if by_latent[0] is None else by_latent))
+        waiting.append(Factors(g, bags, weights, latents, None if by_latent[0] is None else by_latent))
     if not needs_weights or waiting is not None:
         return entry_dots_op(g, scale, latents, offsets, W_dec), None
     order, starts = by_latent

@@ -6,7 +6,7 @@ the update adds it in. So every loss works, and the ones built from these ops st
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,13 +30,30 @@ class Deferred:
 
     factors: list[Factors] = field(default_factory=list)
     dnorm: Tensor | None = None  # [F] the gradient to each row's norm
+    versions: list[tuple[int, int]] = field(default_factory=list)
+
+    def append(self, factors: Factors) -> None:
+        self.factors.append(factors)
+        self.versions.append((factors.table._version, factors.coefficients._version))
 
     def clear(self) -> None:
         self.factors.clear()
+        self.versions.clear()
         self.dnorm = None
+
+    def __bool__(self) -> bool:
+        return bool(self.factors) or self.dnorm is not None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a matrix that is pickled without its optimizer gets its `.grad` back
 
     def joined(self, W: Tensor) -> Factors:
         """The factors of the sum; W [F, D] says what none at all look like."""
+        if self.versions and self.versions != [(f.table._version, f.coefficients._version) for f in self.factors]:
+            raise RuntimeError(
+                "an input or an error that a deferred gradient is made of was modified in place between backward() and step(): "
+                "clone it before, or step first"
+            )
         if not self.factors:
             none = torch.empty(0, dtype=torch.int32, device=W.device)
             return Factors(W.new_zeros(1, W.shape[1]), none, W.new_empty(0), none)
@@ -79,7 +96,7 @@ def _backward(ctx, g):
     waiting = deferred(W)
     if waiting is None:
         return norm_slope(g, norms)[:, None] * W
-    waiting.dnorm = g if waiting.dnorm is None else waiting.dnorm + g
+    waiting.dnorm = g.contiguous() if waiting.dnorm is None else waiting.dnorm + g
     return None
 
 

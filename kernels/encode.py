@@ -51,7 +51,7 @@ def _backward(ctx, g):
         dx = decode_forward(g, latents, offsets, W_enc.T, None, None, None)
     waiting = deferred(W_enc)
     if waiting is not None and needs_W:
-        waiting.factors.append(Factors(x, bag_of_entries(offsets, latents.shape[0]), g, latents, (order, starts)))
+        waiting.append(Factors(x, bag_of_entries(offsets, latents.shape[0]), g, latents, (order, starts)))
         db = segment_sums(g, order, starts)
     elif needs_W or needs_b:
         _, _, dW, db = latent_backward(order, starts, latents, offsets, x=x, direct=g)

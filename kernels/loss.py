@@ -72,8 +72,8 @@ def _torch_path(values, latents, bounds, W_dec, b_dec, target, weight):
     levels = max((bounds.shape[0] - 1) // max(N, 1), 1)
     wide = accumulator(values.dtype)
     error = segment_rows(W_dec.contiguous(), latents, values, bounds).view(N, levels, D)
-    if levels > 1:
-        error = error.cumsum(1)
+    for p in range(1, levels):
+        error[:, p] += error[:, p - 1]
     error += (b_dec - target)[:, None]
     sse = torch.linalg.vecdot(error.to(wide), error.to(wide))
     cost = values.abs().to(wide)
@@ -134,7 +134,10 @@ def _backward(ctx, g_error, g_sse, g_l1):
         g = torch.zeros_like(error) if g_error is None else g_error
         if g_sse is not None:
             g = g + (2 * g_sse)[:, :, None].to(error.dtype) * error
-        g = g.flip(1).cumsum(1).flip(1).reshape(N * levels, D)
+        g = g.clone() if levels > 1 else g
+        for p in range(levels - 2, -1, -1):  # the suffix sum; cumsum is not deterministic on a GPU
+            g[:, p] += g[:, p + 1]
+        g = g.reshape(N * levels, D)
         by_row = g.view(N, levels, D)[:, 0]
         db = by_row.sum(0) if needs[4] else None
     dvalues, dW = decoder_backward(g, scale, values, latents, bounds, W_dec, levels, (order, starts), needs[3])

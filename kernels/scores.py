@@ -27,7 +27,7 @@ def row_blocks(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Iterator[tuple[int, T
     rows = min(max(1, -(-N // blocks)), max(1, BLOCK_ELEMENTS // F), N)
     wide = accumulator(x.dtype)
     # taken out while in use, so that another thread, or a selection that encodes, gets its own
-    flat = None if x.is_cuda else _spare.pop(wide, None)
+    flat = _spare.pop(wide, None) if _keeps(x) else None
     if flat is None or flat.numel() < rows * F:
         flat = torch.empty(rows * F, dtype=wide, device=x.device)
     try:
@@ -37,8 +37,12 @@ def row_blocks(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Iterator[tuple[int, T
             _scores(part, W_enc, b_enc, pre)
             yield first, pre
     finally:
-        if not x.is_cuda and flat.numel() <= BLOCK_ELEMENTS:
+        if _keeps(x) and flat.numel() <= BLOCK_ELEMENTS and not flat.is_inference():
             _spare[wide] = flat
+
+
+def _keeps(x: Tensor) -> bool:
+    return x.device.type == "cpu" and type(x) is Tensor  # a subclass, such as a fake one, makes buffers of its own kind
 
 
 def _scores(x: Tensor, W_enc: Tensor, b_enc: Tensor, out: Tensor) -> None:

@@ -39,7 +39,7 @@ def _backward(ctx, g):
     waiting = deferred(W)
     if waiting is not None:
         rows = torch.arange(latents.shape[0], dtype=torch.int32, device=latents.device)
-        waiting.factors.append(Factors(g.contiguous(), rows, g.new_ones(latents.shape[0]), latents.int()))
+        waiting.append(Factors(g.contiguous(), rows, g.new_ones(latents.shape[0]), latents.int()))
         return None, None, None
     F = W.shape[1 if ctx.transposed else 0]
     dW = g.new_zeros(F, g.shape[1]).index_copy_(0, latents, g)

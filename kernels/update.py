@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from . import by_latent
-from .backend import runs_triton, tl, triton
+from .backend import device_of, runs_triton, tl, triton
 from .by_latent import WIDEST, segment_rows
 from .deferred import Factors, norm_slope
 from .tiles import tile
@@ -71,7 +71,7 @@ def _parts_kernel(
 @triton.jit
 def _update_kernel(
     order, starts, slot_of, parts, partial, rows, table, coefficients, stored, dnorm, W, m, v, scalars, skipped, squares,
-    D, stride_t, lr, beta1, beta2, eps, weight_decay,
+    D, stride_t, lr, new1, beta2, new2, eps, weight_decay,
     HAS_STORED: tl.constexpr, HAS_DNORM: tl.constexpr, UNIT_NORM: tl.constexpr, NORM_ONLY: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -102,11 +102,13 @@ def _update_kernel(
         along = 0.0
         if UNIT_NORM:  # Pythagoras, without building the projected row
             dot = tl.sum(grad * w)
-            along = dot * dot / tl.sum(w * w)
+            square = tl.sum(w * w)
+            along = tl.where(square > 0.0, dot * dot / square, 0.0)
         tl.store(squares + f, tl.maximum(tl.sum(grad * grad) - along, 0.0))
     else:
         if UNIT_NORM:
-            grad -= tl.sum(grad * w) / tl.sum(w * w) * w
+            square = tl.sum(w * w)
+            grad -= tl.where(square > 0.0, tl.sum(grad * w) / square, 0.0) * w
         correction1, correction2_root = tl.load(scalars), tl.load(scalars + 1)
         grad *= tl.load(scalars + 2)
         bad = tl.where(tl.sum(grad * 0.0) == 0.0, 0, 1)  # inf · 0 and NaN · 0 are NaN
@@ -115,8 +117,8 @@ def _update_kernel(
         grad += weight_decay * w
         m_new = tl.load(m + f * D + d, mask=inside, other=0.0)
         v_new = tl.load(v + f * D + d, mask=inside, other=0.0)
-        m_new += (1 - beta1) * (grad - m_new)
-        v_new = beta2 * v_new + (1 - beta2) * grad * grad
+        m_new += new1 * (grad - m_new)
+        v_new = beta2 * v_new + new2 * grad * grad
         w -= lr / correction1 * m_new / (tl.sqrt(v_new) / correction2_root + eps)
         if UNIT_NORM:
             w /= tl.sqrt(tl.sum(tl.where(inside, w * w, 0.0)))
@@ -165,7 +167,7 @@ def _triton_path(
     _update_kernel[(F,)](
         order, starts, *long, factors.rows, factors.table, factors.coefficients, stored, dnorm, W, m, v, scalars,
         None if norm_only else result, result if norm_only else None, D, factors.table.stride(0),
-        lr, beta1, beta2, eps, weight_decay,
+        lr, 1 - beta1, beta2, 1 - beta2, eps, weight_decay,
         HAS_STORED=stored is not None, HAS_DNORM=dnorm is not None, UNIT_NORM=unit_norm, NORM_ONLY=norm_only,
         SPLITS=long.partial is not None, BLOCK_D=BLOCK_D, num_warps=chosen.warps,
     )  # fmt: skip
@@ -186,7 +188,8 @@ def _slices(factors, order, starts, stored, dnorm, W, unit_norm):
         if dnorm is not None:
             grad += norm_slope(dnorm[part], w.norm(dim=1))[:, None] * w
         if unit_norm:
-            grad -= (torch.linalg.vecdot(grad, w) / torch.linalg.vecdot(w, w))[:, None] * w
+            square = torch.linalg.vecdot(w, w)
+            grad -= norm_slope(torch.linalg.vecdot(grad, w), square)[:, None] * w
         yield part, grad
 
 
@@ -223,15 +226,20 @@ def _apply(
     factors: Factors, index: tuple[Tensor, Tensor], stored: Tensor | None, dnorm: Tensor | None, W: Tensor,
     *rest: Any, unit_norm: bool, norm_only: bool,
 ) -> Tensor:  # fmt: skip
-    if W.dtype not in (torch.float32, torch.float64) or factors.table.dtype != W.dtype or not W.is_contiguous():
+    laid_out = all(t.is_contiguous() for t in (W, *rest[:2]) if t is not None)
+    if W.dtype not in (torch.float32, torch.float64) or factors.table.dtype != W.dtype or not laid_out:
         raise TypeError(
             f"the matrix is {W.dtype} with strides {W.stride()} and its gradient's table {factors.table.dtype}: "
-            "row updates take a contiguous float32 [F, D] and factors of the same dtype"
+            "row updates take a contiguous float32 [F, D] and moments, and factors of the same dtype"
         )
+    if factors.table.stride(1) != 1:
+        factors = factors._replace(table=factors.table.contiguous())
     # a row too wide for one program goes through slices on a GPU too
     path = _triton_path if runs_triton(W) and W.shape[1] <= WIDEST else _torch_path
     # the gradient through a row's norm lies along the row, and at unit norm that part is removed
-    return path(factors, *index, stored, None if unit_norm else dnorm, W, *rest, unit_norm=unit_norm, norm_only=norm_only)
+    dnorm = None if unit_norm else dnorm
+    with device_of(W):
+        return path(factors, *index, stored, dnorm, W, *rest, unit_norm=unit_norm, norm_only=norm_only)
 
 
 def gradient_squares(

@@ -1,6 +1,7 @@
 """FusedAdam against torch.optim.Adam on the same SAE, loss by loss; and what it does with bad gradients."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -140,3 +141,100 @@ def test_state_survives_a_round_trip_and_schedulers_work():
 def test_impossible_settings_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         FusedAdam(SAE(D, F, TopK(4)), **options)
+
+
+def test_layouts_do_not_matter():
+    """Transposed and expanded inputs, and an expanded gradient to the norms, give the same step as contiguous ones."""
+    x = torch.randn(D, 8)
+    sae = SAE(D, F, TopK(4))
+    other = copy.deepcopy(sae)
+    for model, rows in ((sae, x.T), (other, x.T.contiguous())):
+        optimizer = FusedAdam(model, lr=LR)
+        (plain(model, rows) + row_norms(model.W_dec).sum()).backward()
+        assert model.W_dec.deferred.dnorm.is_contiguous()
+        optimizer.step()
+    for p, q in zip(sae.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-7)
+
+
+def test_moments_of_another_layout_are_laid_out_anew():
+    sae = SAE(D, F, TopK(4))
+    optimizer, x = FusedAdam(sae, lr=LR), torch.randn(8, D)
+    plain(sae, x).backward()
+    optimizer.step()
+    twin = copy.deepcopy(sae)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = state[name].contiguous()  # as a file has it
+    loaded = FusedAdam(twin, lr=LR)
+    loaded.load_state_dict(saved)
+    for model, o in ((sae, optimizer), (twin, loaded)):
+        o.zero_grad()
+        plain(model, x).backward()
+        o.step()
+    assert all(torch.equal(p, q) for p, q in zip(sae.parameters(), twin.parameters(), strict=True))
+
+
+def test_clipping_by_a_norm_that_is_not_finite_moves_nothing():
+    sae = SAE(D, F, TopK(4))
+    optimizer = FusedAdam(sae, lr=LR, max_norm=1.0)
+    plain(sae, torch.randn(8, D)).backward()
+    sae.W_dec.deferred.factors[0].coefficients[0] = float("nan")
+    sae.W_dec.deferred.versions.clear()
+    before = [p.detach().clone() for p in sae.parameters()]
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(sae.parameters(), before, strict=True)) and optimizer.skipped > 0
+
+
+def test_a_zero_decoder_row_does_not_spoil_the_norm():
+    sae = SAE(D, F, TopK(4))
+    sae.W_dec.data[3] = 0
+    optimizer = FusedAdam(sae, lr=LR, max_norm=1.0, unit_norm=True)
+    plain(sae, torch.randn(8, D)).backward()
+    optimizer.step()
+    assert torch.isfinite(sae.b_dec).all() and sae.b_dec.any()
+
+
+def test_the_models_zero_grad_forgets_factors():
+    sae = SAE(D, F, TopK(4))
+    FusedAdam(sae)
+    for _ in range(2):
+        plain(sae, torch.randn(8, D)).backward()
+        sae.zero_grad()
+    assert not sae.W_enc.deferred and not sae.W_dec.deferred
+
+
+def test_inputs_changed_before_the_step_are_noticed():
+    sae = SAE(D, F, TopK(4), apply_b_dec_to_input=False)
+    optimizer, x = FusedAdam(sae), torch.randn(8, D)
+    plain(sae, x).backward()
+    x.zero_()
+    with pytest.raises(RuntimeError, match="modified in place between backward"):
+        optimizer.step()
+
+
+def test_a_pickled_model_has_gradients_again():
+    sae = SAE(D, F, TopK(4))
+    FusedAdam(sae)
+    plain(sae, torch.randn(8, D)).backward()
+    file = io.BytesIO()
+    torch.save(sae, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    plain(loaded, torch.randn(8, D)).backward()
+    assert loaded.W_dec.grad is not None and loaded.W_enc.grad is not None
+
+
+def test_no_gradient_no_step():
+    sae = SAE(D, F, TopK(4))
+    optimizer, before = FusedAdam(sae, weight_decay=0.1), sae.W_dec.detach().clone()
+    plain(sae, torch.randn(8, D)).backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert torch.equal(sae.W_dec, before)
+
+
+def test_16_bit_weights_are_refused():
+    with pytest.raises(TypeError, match="bfloat16: FusedAdam steps float32"):
+        FusedAdam(SAE(D, F, TopK(4), dtype=torch.bfloat16))
