@@ -10,8 +10,8 @@ registers, and in the same breath
     w      = w / |w|                   if the decoder is kept at unit norm
 
 and writes w, m and v. Per parameter 24 bytes move (28 with a stored gradient, plus 8 to make it). Rows that no token
-touched have dW = 0 and move exactly as dense Adam moves them. A row whose gradient is not finite stays as it was and is
-counted; `scalars` holds what the whole step depends on, on the device, so that nothing is read: the bias corrections, the
+touched have dW = 0 and move exactly as dense Adam moves them. A row whose gradient is not finite, or a zero row that should
+have unit norm, stays as it was and is counted; `scalars` holds what the whole step depends on, on the device, so that nothing is read: the bias corrections, the
 clipping factor, and whether to step at all.
 
 Segments longer than SPLIT are summed in parts first, in a fixed order: the same bits every run. A CPU goes through slices
@@ -71,7 +71,7 @@ def _parts_kernel(
 @triton.jit
 def _update_kernel(
     order, starts, slot_of, parts, partial, rows, table, coefficients, stored, dnorm, W, m, v, scalars, skipped, squares,
-    D, stride_t, lr, new1, beta2, new2, eps, weight_decay,
+    D, stride_t, lr, beta1, beta2, eps, weight_decay,
     HAS_STORED: tl.constexpr, HAS_DNORM: tl.constexpr, UNIT_NORM: tl.constexpr, NORM_ONLY: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -102,13 +102,11 @@ def _update_kernel(
         along = 0.0
         if UNIT_NORM:  # Pythagoras, without building the projected row
             dot = tl.sum(grad * w)
-            square = tl.sum(w * w)
-            along = tl.where(square > 0.0, dot * dot / square, 0.0)
+            along = dot * dot / tl.maximum(tl.sum(w * w), 1e-37)
         tl.store(squares + f, tl.maximum(tl.sum(grad * grad) - along, 0.0))
     else:
         if UNIT_NORM:
-            square = tl.sum(w * w)
-            grad -= tl.where(square > 0.0, tl.sum(grad * w) / square, 0.0) * w
+            grad -= tl.sum(grad * w) / tl.sum(w * w) * w
         correction1, correction2_root = tl.load(scalars), tl.load(scalars + 1)
         grad *= tl.load(scalars + 2)
         bad = tl.where(tl.sum(grad * 0.0) == 0.0, 0, 1)  # inf · 0 and NaN · 0 are NaN
@@ -117,8 +115,8 @@ def _update_kernel(
         grad += weight_decay * w
         m_new = tl.load(m + f * D + d, mask=inside, other=0.0)
         v_new = tl.load(v + f * D + d, mask=inside, other=0.0)
-        m_new += new1 * (grad - m_new)
-        v_new = beta2 * v_new + new2 * grad * grad
+        m_new += (1 - beta1) * (grad - m_new)
+        v_new = beta2 * v_new + (1 - beta2) * grad * grad
         w -= lr / correction1 * m_new / (tl.sqrt(v_new) / correction2_root + eps)
         if UNIT_NORM:
             w /= tl.sqrt(tl.sum(tl.where(inside, w * w, 0.0)))
@@ -167,7 +165,7 @@ def _triton_path(
     _update_kernel[(F,)](
         order, starts, *long, factors.rows, factors.table, factors.coefficients, stored, dnorm, W, m, v, scalars,
         None if norm_only else result, result if norm_only else None, D, factors.table.stride(0),
-        lr, 1 - beta1, beta2, 1 - beta2, eps, weight_decay,
+        lr, beta1, beta2, eps, weight_decay,
         HAS_STORED=stored is not None, HAS_DNORM=dnorm is not None, UNIT_NORM=unit_norm, NORM_ONLY=norm_only,
         SPLITS=long.partial is not None, BLOCK_D=BLOCK_D, num_warps=chosen.warps,
     )  # fmt: skip
@@ -207,6 +205,8 @@ def _torch_path(
         if clip != 1:
             grad *= clip
         bad = ~torch.isfinite(grad.sum(1))
+        if unit_norm:
+            bad |= ~W[part].any(1)
         skipped[part] = bad
         moved = [t[part] for t in (W, m, v)]
         rows = bad.nonzero().squeeze(1)

@@ -194,6 +194,7 @@ def test_a_zero_decoder_row_does_not_spoil_the_norm():
     plain(sae, torch.randn(8, D)).backward()
     optimizer.step()
     assert torch.isfinite(sae.b_dec).all() and sae.b_dec.any()
+    assert not sae.W_dec[3].any() and optimizer.skipped == 1  # it has no direction to keep
 
 
 def test_the_models_zero_grad_forgets_factors():
