@@ -11,8 +11,8 @@ registers, and in the same breath
 
 and writes w, m and v. Per parameter 24 bytes move (28 with a stored gradient, plus 8 to make it). Rows that no token
 touched have dW = 0 and move exactly as dense Adam moves them. A row whose gradient is not finite, or a zero row that should
-have unit norm, stays as it was and is counted; `scalars` holds what the whole step depends on, on the device, so that nothing is read: the bias corrections, the
-clipping factor, and whether to step at all.
+have unit norm, stays as it was and is counted; `scalars` holds what the whole step depends on, on the device, so that
+nothing is read: the bias corrections, the clipping factor, and whether to step at all.
 
 Segments longer than SPLIT are summed in parts first, in a fixed order: the same bits every run. A CPU goes through slices
 of SLICE latents, so that one slice's gradient is all there ever is.
