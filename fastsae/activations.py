@@ -42,6 +42,9 @@ class Activation(nn.Module):
         """Element-wise, pre-activations of firing entries to values; `at` brings a per-latent tensor to pre's shape."""
         return pre.relu()
 
+    def observe(self, code: SparseCode, select_scale: Tensor | None = None) -> None:
+        """What is learned from a training batch's activations without a gradient; a trainer calls it once a step."""
+
     def dense(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, select_scale: Tensor | None = None) -> Tensor:
         """All activations [..., F]."""
         code = self.encode(x, W_enc, b_enc, select_scale)
@@ -96,10 +99,56 @@ class AbsTopK(TopK):
 
 
 class BatchTopK(TopK):
-    """The batch's N·k largest pre-activations, then relu. The batch is all rows of the call."""
+    """In training the batch's N·k largest pre-activations, then relu; the batch is all rows of the call.
+
+    In eval every pre-activation over `threshold`, so that no row depends on the others. Both rank pre · select_scale. The
+    threshold follows the least score that fired in training (`observe`) or is set by `calibrate.calibrate_threshold`; until
+    then it is -1, and eval selects by batch too.
+    """
+
+    threshold: Tensor
+
+    def __init__(self, k: int, threshold: float = -1.0, threshold_lr: float = 0.01):
+        super().__init__(k)
+        self.threshold_lr = threshold_lr
+        self.register_buffer("threshold", torch.tensor(threshold, dtype=torch.float64))
+        self.knows_threshold = threshold >= 0  # beside the buffer, since reading that one waits for the GPU
+        self.register_load_state_dict_post_hook(BatchTopK._loaded)
+
+    def attach(self, d_sae: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().attach(d_sae, device, dtype)
+        self.threshold = self.threshold.to(device)
+
+    def _loaded(self, *_: object) -> None:
+        self.set_threshold(self.threshold)
+
+    def set_threshold(self, threshold: Tensor | float) -> None:
+        self.threshold = torch.as_tensor(threshold, dtype=torch.float64, device=self.threshold.device)
+        self.knows_threshold = bool(self.threshold >= 0)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "BatchTopK":
+        exact = self.threshold
+        super()._apply(fn, recurse)  # moves it; but sae.half() means the weights, not this
+        if self.threshold.dtype != exact.dtype:
+            self.threshold = exact.to(self.threshold.device)
+        return self
+
+    def observe(self, code: SparseCode, select_scale: Tensor | None = None) -> None:
+        values = code.values.detach()
+        scores = values if select_scale is None else values * select_scale[code.latents]
+        if not scores.numel():
+            return
+        least = torch.where(values > 0, scores, torch.inf).min().double()
+        if self.knows_threshold:
+            least = self.threshold + self.threshold_lr * (least - self.threshold)
+        self.threshold = torch.where(least.isfinite(), least, self.threshold.clamp(min=0))
+        self.knows_threshold = True
 
     def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, select_scale: Tensor | None = None) -> SparseCode:
-        return functional.encode_batch_topk(x, W_enc, b_enc, self.k, select_scale)
+        if self.training or not self.knows_threshold:
+            return functional.encode_batch_topk(x, W_enc, b_enc, self.k, select_scale)
+        theta = self.threshold.to(b_enc.dtype) / (torch.ones_like(b_enc) if select_scale is None else select_scale)
+        return functional.encode_threshold(x, W_enc, b_enc, theta)
 
 
 class _Threshold(Activation):

@@ -181,12 +181,12 @@ def reconstruct_dense(
     W_dec: Tensor,
     b_dec: Tensor,
     activate: Callable[[Tensor, At, Tensor], Tensor],
-    penalty: Callable[[Tensor, At], Tensor] | None = None,
+    penalty: Callable[[Tensor, Tensor, At], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(y [..., D_out], Σ penalty [...]) for codes that are not sparse, in chunks of latents that backward recomputes.
 
-    `activate(pre, at, b_enc)` is the element-wise activation of pre-activations [N, C]; `penalty(acts, at)` [N, C] is what
-    a loss would sum over entries. Exact; at most BLOCK_ELEMENTS pre-activations exist at a time.
+    `activate(pre, at, b_enc)` is the element-wise activation of pre-activations [N, C]; `penalty(pre, acts, at)` [N, C] is
+    what a loss would sum over entries. Exact; at most BLOCK_ELEMENTS pre-activations exist at a time.
     """
     rows = _rows(x)
     check.encoder(rows, W_enc, b_enc)
@@ -197,8 +197,9 @@ def reconstruct_dense(
         def at(parameter: Tensor) -> Tensor:
             return parameter[first : first + C]
 
-        acts = activate(rows @ W_e + b_e, at, b_enc)
-        cost = acts.new_zeros(N) if penalty is None else penalty(acts, at).sum(1)
+        pre = rows @ W_e + b_e
+        acts = activate(pre, at, b_enc)
+        cost = acts.new_zeros(N) if penalty is None else penalty(pre, acts, at).sum(1)
         return acts @ W_d, cost
 
     wide = accumulator(x.dtype)  # many chunks are added up

@@ -27,6 +27,7 @@ from .activations import JumpReLU, gather
 from .functional import At, Reconstruction
 from .kernels.backend import accumulator
 from .kernels.take import take_rows
+from .normalize import NORMALIZE
 from .sae import SAE
 from .sparse_code import SparseCode
 
@@ -48,11 +49,47 @@ def reconstruct(
     `target` is x unless given. Levels: `prefixes` for Matryoshka (latents below each width), `ks` for hierarchical losses
     (each row's strongest j); the whole code is always the last. `frozen`: no gradient to the decoder.
     """
-    target = x if target is None else target
+    row, scale = _to_decode(sae, x, x if target is None else target)
+    W_dec, b_dec = _decoder(sae, frozen)
+    return _times(functional.reconstruction_loss(code, W_dec, b_dec, row, weight, prefixes, ks), scale)
+
+
+def reconstruct_by_chunk(
+    sae: SAE,
+    x: Tensor,
+    target: Tensor | None,
+    activate: Callable[[Tensor, At, Tensor], Tensor],
+    penalty: Callable[[Tensor, Tensor, At], Tensor] | None = None,
+    frozen: bool = False,
+) -> tuple[Reconstruction, Tensor]:
+    """The same for a code that is not sparse, with the Σ of a penalty over each row [N] (functional.reconstruct_dense)."""
+    row, scale = _to_decode(sae, x, x if target is None else target)
+    W_dec, b_dec = _decoder(sae, frozen)
+    y, cost = functional.reconstruct_dense(sae.encoder_input(x), sae.W_enc, sae.b_enc, W_dec, b_dec, activate, penalty)
+    error = _rows(y - row)
+    sse = error.to(accumulator(error.dtype)).square().sum(1)
+    return _times(Reconstruction(error[:, None], sse[:, None], cost.flatten()), scale), cost.flatten()
+
+
+def _to_decode(sae: SAE, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What the decoder is to give, and the scale [N, 1] of its error where that is not 1."""
     if sae.W_skip is not None:
         target = target - x @ sae.W_skip.T
-    W_dec, b_dec = (sae.W_dec.detach(), sae.b_dec.detach()) if frozen else (sae.W_dec, sae.b_dec)
-    return functional.reconstruction_loss(code, W_dec, b_dec, target, weight, prefixes, ks)
+    if sae.normalize == "none":
+        return target, None
+    n = NORMALIZE[sae.normalize](target)
+    return n.row, n.scale.reshape(-1, 1)
+
+
+def _decoder(sae: SAE, frozen: bool) -> tuple[Tensor, Tensor]:
+    return (sae.W_dec.detach(), sae.b_dec.detach()) if frozen else (sae.W_dec, sae.b_dec)
+
+
+def _times(r: Reconstruction, scale: Tensor | None) -> Reconstruction:
+    """Errors on the input's own scale: scale · (decoded - row)."""
+    if scale is None:
+        return r
+    return Reconstruction(r.error * scale[:, None], r.sse * scale.square().to(r.sse.dtype), r.l1)
 
 
 def mse(r: Reconstruction, levels: Sequence[float] | None = None) -> Tensor:
@@ -96,8 +133,8 @@ def lp(code: SparseCode, p: float, weight: Tensor | None = None, root: bool = Fa
     size = code.values.abs()
     if weight is not None:
         size = size * gather(code)(weight)
-    cost = _power(size.to(accumulator(size.dtype)), p)
-    return _power(_per_row(code, cost), 1 / p).mean() if root else _mean(code, cost)
+    cost = power(size.to(accumulator(size.dtype)), p)
+    return power(per_row(code, cost), 1 / p).mean() if root else _mean(code, cost)
 
 
 def l0_tanh(code: SparseCode, weight: Tensor, scale: float = 4.0) -> Tensor:
@@ -111,8 +148,12 @@ def l0(code: SparseCode, jump: JumpReLU) -> Tensor:
     Straight through, with u = 1[|pre - theta| < bandwidth/2] / bandwidth: dL0/dtheta = -u, and with the activation's
     `ste_to_input` dL0/dpre = u. Its mean is the step loss.
     """
-    pre = _pre(code)
-    return _per_row(code, _Step.apply(pre, gather(code)(jump.theta), jump.bandwidth, jump.ste_to_input))
+    return per_row(code, fires(_pre(code), gather(code), jump))
+
+
+def fires(pre: Tensor, at: At, jump: JumpReLU) -> Tensor:
+    """1[pre > theta], straight through as in `l0`."""
+    return _Step.apply(pre, at(jump.theta), jump.bandwidth, jump.ste_to_input)  # type: ignore[no-any-return]
 
 
 def l0_to_target(l0: Tensor, target: float) -> Tensor:
@@ -155,7 +196,7 @@ def _pre(code: SparseCode) -> Tensor:
     return code.pre
 
 
-def _power(t: Tensor, p: float) -> Tensor:
+def power(t: Tensor, p: float) -> Tensor:
     """t^p for t >= 0, with gradient 0 at 0, where for p < 1 it is infinite."""
     if p == 1:
         return t
@@ -163,7 +204,7 @@ def _power(t: Tensor, p: float) -> Tensor:
     return torch.where(positive, torch.where(positive, t, 1).pow(p), 0)
 
 
-def _per_row(code: SparseCode, cost: Tensor) -> Tensor:
+def per_row(code: SparseCode, cost: Tensor) -> Tensor:
     """Σ of each row's entries. [E] -> [N]"""
     cost = cost.to(accumulator(cost.dtype))
     if not cost.numel():

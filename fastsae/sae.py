@@ -7,6 +7,7 @@ from . import functional
 from .activations import Activation, gather
 from .kernels import check
 from .kernels.deferred import deferred
+from .normalize import NORMALIZE
 from .sparse_code import SparseCode
 
 
@@ -23,6 +24,7 @@ class SAE(nn.Module):
         apply_b_dec_to_input: bool | None = None,
         decoder_norm: float = 0.1,
         rescale_acts_by_decoder_norm: bool = False,
+        normalize: str = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -35,14 +37,19 @@ class SAE(nn.Module):
             raise TypeError(f"activation is {what}: pass an instance of an Activation, for example TopK(k=32)")
         if dtype is not None and dtype not in check.DTYPES:
             raise TypeError(f"dtype is {dtype}: pass float32, bfloat16, float16 or float64")
-        transcodes = d_out is not None
+        self.transcodes = d_out is not None  # even where d_out == d_in
         self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_out if d_out is not None else d_in
         # b_dec is the mean of the output, which is the mean of the input only where they are the same thing
-        self.apply_b_dec_to_input = not transcodes if apply_b_dec_to_input is None else apply_b_dec_to_input
+        self.apply_b_dec_to_input = not self.transcodes if apply_b_dec_to_input is None else apply_b_dec_to_input
         if self.apply_b_dec_to_input and self.d_out != d_in:
             raise ValueError(f"apply_b_dec_to_input needs d_out == d_in, got {self.d_out} and {d_in}: pass False")
 
-        self.rescale_acts_by_decoder_norm = rescale_acts_by_decoder_norm
+        if normalize != "none" and (normalize not in NORMALIZE or self.transcodes or skip):
+            raise ValueError(
+                f"normalize={normalize!r} with d_out={d_out}, skip={skip}: pass one of {['none', *NORMALIZE]}; a transcoder's "
+                "output is on another scale than its input, so it takes 'none'"
+            )
+        self.rescale_acts_by_decoder_norm, self.normalize = rescale_acts_by_decoder_norm, normalize
 
         def empty(*size: int) -> Tensor:
             return torch.empty(*size, device=device, dtype=dtype)
@@ -74,7 +81,8 @@ class SAE(nn.Module):
                 f"x is {x.dtype} on {x.device} but this SAE is {self.W_enc.dtype} on {self.W_enc.device}: "
                 "convert one of them with .to()"
             )
-        return x - self.b_dec if self.apply_b_dec_to_input else x
+        row = NORMALIZE[self.normalize](x).encoded if self.normalize != "none" else x
+        return row - self.b_dec if self.apply_b_dec_to_input else row
 
     def select_scale(self) -> Tensor | None:
         """[F] With `rescale_acts_by_decoder_norm`, latents rank by pre · |W_dec[f]|; values are unchanged by it."""
@@ -88,12 +96,31 @@ class SAE(nn.Module):
         code = self._activate(self.activation.encode(self.encoder_input(x), self.W_enc, self.b_enc, self.select_scale()))
         return code if latents is None else code.restrict(latents)
 
+    def encode_sparse_within(self, x: Tensor, limit: int) -> SparseCode | None:
+        """The same, or None where it has more than `limit` entries and a dense path is exact (functional.reconstruct_dense)."""
+        code = self.activation.encode_within(self.encoder_input(x), self.W_enc, self.b_enc, limit, self.select_scale())
+        return None if code is None else self._activate(code)
+
     def encode(self, x: Tensor) -> Tensor:
         """Activations as a dense [..., d_sae], what every host library's users expect."""
         return self.activation.dense(self.encoder_input(x), self.W_enc, self.b_enc, self.select_scale())
 
-    def decode(self, code: SparseCode | Tensor) -> Tensor:
-        """Reconstruction [..., d_out] of a sparse code or of dense activations."""
+    def decode(self, code: SparseCode | Tensor, like: Tensor | None = None) -> Tensor:
+        """Reconstruction [..., d_out] of a sparse code or of dense activations.
+
+        Where the SAE normalizes, `like` is the input that was encoded: its rows' scales are put back.
+        """
+        if self.normalize != "none" and like is None:
+            raise ValueError(f"this SAE has normalize={self.normalize!r}: decode(code, like=x), with the x that was encoded")
+        return self._on_scale_of(like, self._decode(code))
+
+    def _on_scale_of(self, x: Tensor | None, y: Tensor) -> Tensor:
+        if self.normalize == "none" or x is None:
+            return y
+        n = NORMALIZE[self.normalize](x)
+        return torch.addcmul(n.shift, n.scale, y)
+
+    def _decode(self, code: SparseCode | Tensor) -> Tensor:
         if isinstance(code, SparseCode):
             return functional.decode(code, self.W_dec, self.b_dec)
         if not isinstance(code, Tensor):
@@ -116,7 +143,8 @@ class SAE(nn.Module):
                 centred, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.activation.activate
             )
         else:
-            y = self.decode(self._activate(code))
+            y = self._decode(self._activate(code))
+        y = self._on_scale_of(x, y)
         return y if self.W_skip is None else y + x @ self.W_skip.T
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -151,7 +151,7 @@ def test_dense_path_with_penalty(monkeypatch):
     *inputs, _ = dense_inputs()
     assert gradcheck(
         lambda x, W, b, W_dec, b_dec, weight: functional.reconstruct_dense(
-            x, W, b, W_dec, b_dec, lambda pre, at, _: pre.relu() * at(weight), lambda acts, at: acts * at(weight)
+            x, W, b, W_dec, b_dec, lambda pre, at, _: pre.relu() * at(weight), lambda pre, acts, at: acts * at(weight)
         ),
         (*inputs, randn(F, D), randn(D), randn(F)),
     )

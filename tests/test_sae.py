@@ -318,7 +318,7 @@ def test_penalty_of_the_dense_path(activation, monkeypatch):
     sae = random_sae(activation())
     x, weight = torch.randn(2, 3, D, dtype=torch.float64), torch.rand(F, dtype=torch.float64, requires_grad=True)
     y, cost = functional.reconstruct_dense(
-        x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.activation.activate, lambda acts, at: acts.abs() * at(weight)
+        x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.activation.activate, lambda pre, acts, at: acts.abs() * at(weight)
     )
     acts = sae.activation.activate(x @ sae.W_enc + sae.b_enc, lambda t: t, sae.b_enc)
     expected_y, expected_cost = acts @ sae.W_dec + sae.b_dec, (acts.abs() * weight).sum(-1)
