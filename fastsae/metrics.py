@@ -108,7 +108,7 @@ def _evaluate(sae: SAE, batches: Iterable[Tensor | tuple[Tensor, Tensor]]) -> Ev
             mse=squared_error,
             square=t.square(),
             explained_variance_legacy=1 - squared_error / (t - t.mean(0)).square().sum(1),
-            cossim=dot / (norm_in * norm_out),
+            cossim=dot / (norm_in * norm_out).clamp(min=torch.finfo(dot.dtype).tiny),
             l2_norm_in=norm_in,
             l2_norm_out=norm_out,
             l2_ratio=norm_out / torch.where(norm_in < 1e-4, 1, norm_in),

@@ -1,7 +1,5 @@
 """Dead latents start again at what the SAE reconstructs worst (Bricken et al. 2023)."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -13,15 +11,9 @@ ENCODER_SHARE = 0.2
 
 @torch.no_grad()
 def resample(
-    sae: SAE,
-    optimizer: torch.optim.Optimizer,
-    dead: Tensor,
-    x: Tensor,
-    target: Tensor,
-    sse: Tensor,
-    generator: torch.Generator,
+    sae: SAE, dead: Tensor, x: Tensor, target: Tensor, sse: Tensor, generator: torch.Generator
 ) -> None:
-    """Point each of the latents `dead` [M] at a row drawn with probability ~ squared error², and forget its moments.
+    """Point each of the latents `dead` [M] at a row drawn with probability ~ squared error².
 
     W_dec[f] becomes the direction of that row's target at the norm of the living, W_enc[:, f] that of its input at a fifth of
     theirs, b_enc[f] zero. In place: the parameters themselves change, not a copy.
@@ -41,14 +33,12 @@ def resample(
     sae.W_dec[dead] = torch.nn.functional.normalize(outputs, dim=1) * decoder_norm
     sae.W_enc[:, dead] = (torch.nn.functional.normalize(inputs, dim=1) * encoder_norm).T
     sae.b_enc[dead] = 0
-    forget(optimizer, (sae.W_dec,), dead)
-    forget(optimizer, (sae.W_enc,), dead, dim=1)
-    forget(optimizer, (sae.b_enc, *sae.activation.parameters()), dead)
 
 
-def forget(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], latents: Tensor, dim: int = 0) -> None:
+@torch.no_grad()
+def forget(optimizer: torch.optim.Optimizer, sae: SAE, latents: Tensor) -> None:
     """Zero what the optimizer remembers of these latents."""
-    for parameter in parameters:
+    for parameter in (sae.W_enc, sae.W_dec, sae.b_enc, *sae.activation.parameters()):
         for value in optimizer.state.get(parameter, {}).values():  # type: ignore[call-overload]
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                value.index_fill_(dim, latents, 0)
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
+                value.index_fill_(1 if parameter is sae.W_enc else 0, latents, 0)

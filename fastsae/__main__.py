@@ -1,0 +1,5 @@
+"""python -m fastsae is the command `fastsae`."""
+
+from .cli import run
+
+run()

@@ -1,0 +1,47 @@
+"""fastsae eval: the metrics of a run's SAEs, or of any SAE on data that are named."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ..config import DataConfig, TrainConfig
+from .parse import flags
+
+DESCRIPTION = "What an SAE does on activations that it was not trained on, and to the language model they come from."
+
+
+@dataclass(frozen=True)
+class Eval:
+    path: Annotated[Path, tyro.conf.Positional] = Path("runs/sae")
+    """Folder of a run, or of an SAE in any known format."""
+    data: DataConfig = field(default_factory=DataConfig)
+    batches: int = 16
+    """Chunks of activations to read, of --sequences sequences each."""
+    device: str = "auto"
+    """cuda if there is one, else cpu, unless given."""
+    json: Path | None = None
+    """Write the numbers there too."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    asked = flags(Eval, "eval", arguments, DESCRIPTION, Eval())
+    if asked.batches < 1:
+        raise ValueError(f"batches={asked.batches}: pass a number >= 1")
+
+    from ..evaluation import evaluate_run, evaluate_sae, table
+
+    if (asked.path / "config.json").is_file() and not (asked.path / "ae.pt").is_file():
+        found = evaluate_run(asked.path, asked.device, asked.batches)
+    else:
+        from ..formats import load
+
+        config = dataclasses.replace(TrainConfig(), data=asked.data)
+        found = {"": evaluate_sae(load(asked.path), config, asked.device, asked.batches)}
+    print(table(found))
+    if asked.json is not None:
+        asked.json.write_text(json.dumps(found, indent=2) + "\n")

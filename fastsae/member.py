@@ -1,0 +1,219 @@
+"""One SAE in training: what a step does with a batch, what is counted, and what must be saved to go on.
+
+A batch becomes (x, target), the objective a loss, the loss an update. On a GPU nothing is read back between log steps with
+fused_adam: whether a loss was finite, which latents are dead and what was skipped stays on the device.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import losses, schedules
+from .activations import BatchTopK, TopK
+from .config import TrainConfig
+from .data.source import Batch
+from .initialise import build, default_dead_window, input_scale, learning_rate, scaled, set_b_dec
+from .objective import Objective, Outcome
+from .resample import resample
+from .sae import SAE
+from .steppers import stepper
+
+MEMORY = 0.99
+"""Of the running mean that a spike is measured against."""
+
+
+class NonFinite(ArithmeticError):
+    """A loss or gradient was not finite and the config says to stop."""
+
+
+class Member:
+    """`config` describes one SAE, without a sweep."""
+
+    def __init__(self, config: TrainConfig, d_in: int, d_out: int | None, device: torch.device):
+        self.config, self.device = config, device
+        self.objective = Objective(config)
+        self.stepper = stepper(config, build(config.sae, d_in, d_out, device, config.seed))
+        self.sae = self.stepper.sae
+        self.dead_window = config.loss.dead_window or default_dead_window(config.tokens)
+        self.scale = 1.0
+        """What the data are multiplied with (expected_average_only_in)."""
+        F = self.sae.d_sae
+        self.since_fired = torch.zeros(F, dtype=torch.int64, device=device)
+        """[F] rows since each latent last fired."""
+        self.mean_loss = torch.full((), torch.nan, dtype=torch.float64, device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        """Steps that a loss or gradient that is not finite, or a spike, made no update."""
+        self.random = torch.Generator().manual_seed(config.seed)
+        self._window_fired = torch.zeros(F, dtype=torch.float64, device=device)
+        self._window_rows = 0
+        self._last: tuple[Outcome, Tensor] | None = None
+
+    # ── a batch ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def view(self, batch: Batch, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """(x, target) [N, D] of a batch for this SAE, layers side by side; in the dtype that it computes in unless given."""
+        if isinstance(batch, dict):
+            x = batch[self.config.data.hook]
+            target = batch[self.config.data.target_hook] if self.config.data.target_hook else x
+        else:
+            x, target = batch if isinstance(batch, tuple) else (batch, batch)
+        rows = x.to(self.device, dtype or self.stepper.dtype, non_blocking=True).flatten(1)
+        return rows, rows if target is x else target.to(rows.device, rows.dtype, non_blocking=True).flatten(1)
+
+    def start(self, batches: Sequence[Batch]) -> None:
+        """Take from the first batches what the config takes from data."""
+        if self.config.sae.normalize == "expected_average_only_in":
+            self.scale = input_scale([self.view(b)[0] for b in batches])
+        with self.stepper.edit() as sae:
+            set_b_dec(sae, self.config.sae.b_dec, [self.view(b)[1] for b in batches])
+
+    def needs_start(self) -> bool:
+        return self.config.sae.normalize == "expected_average_only_in" or self.config.sae.b_dec != "zero"
+
+    # ── a step ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def step(self, batch: Batch, step: int) -> None:
+        x, target = self.view(batch)
+        if self.scale != 1:
+            x, target = x * self.scale, x * self.scale if target is x else target * self.scale
+        sae = self.sae.train()
+        self._set_k(step)
+        readable = self.device.type == "cpu"
+        if readable and not (x.isfinite().all() and target.isfinite().all()):
+            self._refuse("activations")
+            return
+        dead = self._dead()
+        outcomes: list[Outcome] = []
+        size = self.config.optim.micro_batch or x.shape[0]
+        for rows, goal in zip(x.split(size), target.split(size), strict=True):
+            outcome = self.objective(sae, rows, goal, dead, step)
+            (outcome.loss * (rows.shape[0] / x.shape[0])).backward()
+            outcomes.append(outcome)
+        self._count(outcomes, x.shape[0])
+        self._last = outcomes[-1], target[-outcomes[-1].sse.shape[0] :]
+
+        loss = torch.stack([o.loss.detach().double() for o in outcomes]).mean()
+        fine = loss.isfinite()
+        if self.config.optim.spike is not None:
+            fine = fine & ~(loss > self.config.optim.spike * self.mean_loss)  # without a mean, NaN, nothing is a spike
+        if self.config.optim.on_nonfinite == "stop" and not fine:
+            raise NonFinite(f"the loss of step {step} is {float(loss)}: the weights stay as before; lower lr, or see to the data")
+        lr = learning_rate(self.config.optim, sae.d_sae) * self._lr_factor(step)
+        fine = self.stepper.step(fine, lr)
+        self.mean_loss = torch.where(
+            fine, torch.where(self.mean_loss.isnan(), loss, MEMORY * self.mean_loss + (1 - MEMORY) * loss), self.mean_loss
+        )
+        self.skipped += ~fine
+        self._resample(step, x, target, outcomes)
+
+    def _refuse(self, what: str) -> None:
+        if self.config.optim.on_nonfinite == "stop":
+            raise NonFinite(f"{what} are not finite: the weights are as they were; look at the data")
+        self.skipped += 1
+
+    def _lr_factor(self, step: int) -> float:
+        o, total = self.config.optim, self.config.steps
+        return schedules.warm_up(step + 1, o.lr_warm_up) * schedules.decay(step, max(0, total - o.lr_decay), total)
+
+    def _set_k(self, step: int) -> None:
+        o = self.config.optim
+        if o.k_first is not None and isinstance(self.sae.activation, TopK):
+            self.sae.activation.k = round(schedules.anneal(step, 0, o.k_steps, o.k_first, self.config.sae.k))
+
+    def _dead(self) -> Tensor | None:
+        if self.objective.dead in ("none", "resample"):
+            return None
+        return (self.since_fired > self.dead_window).nonzero().squeeze(1)[: self.config.loss.dead_cap]
+
+    @torch.no_grad()
+    def _count(self, outcomes: Sequence[Outcome], rows: int) -> None:
+        fired = torch.stack([o.fired for o in outcomes]).sum(0)
+        self.since_fired = torch.where(fired > 0, 0, self.since_fired + rows)
+        self._window_fired += fired
+        self._window_rows += rows
+
+    def _resample(self, step: int, x: Tensor, target: Tensor, outcomes: Sequence[Outcome]) -> None:
+        if self.objective.dead != "resample":
+            return
+        every = self.config.loss.resample_every or self.dead_window
+        batch = self.config.batch_size
+        if (step + 1) * batch // every == step * batch // every:
+            return
+        dead = (self.since_fired > self.dead_window).nonzero().squeeze(1)[: self.config.loss.dead_cap]
+        sse = torch.cat([o.sse for o in outcomes])
+        with self.stepper.edit() as sae:
+            resample(sae, dead, x.to(sae.W_dec.dtype), target.to(sae.W_dec.dtype), sse, self.random)
+        self.stepper.forget(dead)
+        self.since_fired[dead] = 0
+
+    # ── what is said and what is kept ────────────────────────────────────────────────────────────────────────────────────
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Under SAELens' names: losses of the last batch, L0 and frequencies since this was last called. Reads the device."""
+        if self._last is None:
+            return {"sparsity/skipped_steps": float(self.skipped)}
+        outcome, target = self._last
+        sse = float(outcome.sse.mean())
+        frequency = self._window_fired / max(self._window_rows, 1)
+        found = {f"losses/{name}": float(value) for name, value in outcome.terms.items()}
+        found |= {
+            "metrics/explained_variance": 1 - sse / max(float(losses.variance(target)), 1e-30),
+            "metrics/l0": float(frequency.sum()),
+            "sparsity/dead_features": float((self.since_fired > self.dead_window).sum()),
+            "sparsity/below_1e-5": float((frequency < 1e-5).sum()),
+            "sparsity/below_1e-6": float((frequency < 1e-6).sum()),
+            "sparsity/skipped_steps": float(self.skipped),
+            "sparsity/skipped_rows": float(self.stepper.skipped_rows()),
+            "details/current_learning_rate": self.stepper.optimizer.param_groups[0]["lr"],
+            "details/n_training_samples": float(step * self.config.batch_size),
+        }
+        if isinstance(self.sae.activation, BatchTopK):
+            found["metrics/topk_threshold"] = float(self.sae.activation.threshold)
+        self._window_fired.zero_()
+        self._window_rows = 0
+        return found
+
+    def finished(self) -> SAE:
+        """The SAE with its exact weights, taking activations as they are: a scale of the input is folded in."""
+        sae = self.stepper.exact()
+        return sae if self.scale == 1 else scaled(sae, self.scale)
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """Where the SAE belongs, under SAELens' names."""
+        data = self.config.data
+        if data.source != "model":
+            return {"training_step": step}
+        return {
+            "training_step": step,
+            "model_name": data.model,
+            "hook_name": data.hook,
+            **({"hook_name_out": data.target_hook} if data.target_hook else {}),
+            "dataset_path": data.dataset,
+            "context_size": data.context,
+            "prepend_bos": True,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "d_in": self.sae.d_in,
+            "d_out": self.sae.d_out if self.sae.transcodes else None,
+            "weights": self.stepper.state_dict(),
+            "scale": self.scale,
+            "since_fired": self.since_fired,
+            "mean_loss": self.mean_loss,
+            "skipped": self.skipped,
+            "random": self.random.get_state(),
+            "window_fired": self._window_fired,
+            "window_rows": self._window_rows,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stepper.load_state_dict(state["weights"])
+        self.scale = state["scale"]
+        for name in ("since_fired", "mean_loss", "skipped"):
+            setattr(self, name, state[name].to(self.device))
+        self.random.set_state(state["random"])
+        self._window_fired = state["window_fired"].to(self.device)
+        self._window_rows = state["window_rows"]

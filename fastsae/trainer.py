@@ -1,0 +1,292 @@
+"""The main job: activations in, trained SAEs out, through whatever happens in between.
+
+    runs/sae/  config.json        what was asked for
+               metrics.jsonl      one line every log_every steps
+               step-000300/       checkpoints (checkpoint.py): a SAELens folder, and training.safetensors to go on from
+               final/             the finished SAE, or one folder for each of a sweep
+"""
+
+import json
+import sys
+import time
+import warnings
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import formats
+from .checkpoint import newest, run_lock, write_checkpoint
+from .config import TrainConfig
+from .data.open import opened
+from .data.source import Batch, NotResumable, Source, as_source, batch_of, fields
+from .formats.safe import FormatError
+from .interrupt import Interrupt, Interrupted, poll
+from .logs import Log, Progress
+from .member import Member
+from .metrics import Evaluation, evaluate
+from .sae import SAE
+from .settings import from_dict, to_dict
+from .state_files import load_tree, save_tensors, save_tree
+
+START_BATCHES = 8
+"""Batches from which a scale of the input or a first b_dec is taken; they are trained on after that."""
+EVAL_BATCHES = 16
+"""Batches of the evaluation at the end; fresh ones."""
+MAY_CHANGE = {"resume", "save_every", "keep", "log_every", "loggers", "wandb_project", "device", "out"}
+"""What may be another when a run goes on."""
+
+
+class DataEnded(ValueError):
+    """There was less data than the config asks for."""
+
+
+class OutOfMemory(MemoryError):
+    """A step did not fit."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training run made."""
+
+    path: Path
+    saes: dict[str, SAE]
+    """By the name in the sweep; one named "" where there is none."""
+    evaluations: dict[str, Evaluation]
+    tokens_per_second: float
+
+    @property
+    def sae(self) -> SAE:
+        """The SAE, of a run without a sweep."""
+        if len(self.saes) != 1:
+            raise ValueError(f"this run trained {len(self.saes)} SAEs: take one of saes, by name: {list(self.saes)}")
+        return next(iter(self.saes.values()))
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """Its evaluation."""
+        return self.evaluations[next(iter(self.saes))] if len(self.saes) == 1 else self.evaluations[""]
+
+
+def train(config: TrainConfig, source: Iterable[Batch] | None = None, quiet: bool = False) -> Run:
+    """Train what `config` describes, on its own data or on batches of `source`, of any number of rows each.
+
+    SIGTERM and SIGINT save a checkpoint and raise Interrupted. Called again, it goes on from the newest checkpoint.
+    """
+    run = Path(config.out)
+    run.mkdir(parents=True, exist_ok=True)
+    with run_lock(run), Interrupt() as interrupt:
+        resumed = newest(run)
+        _remember(config, run, resumed)
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
+        with opened(config, None if source is None else as_source(source), device, poll) as data:
+            training = _Training(config, run, data, device, interrupt, quiet)
+            return training.run(resumed)
+
+
+def _remember(config: TrainConfig, run: Path, resumed: Path | None) -> None:
+    """Write config.json, or check that the run that is there was asked for in the same words."""
+    path = run / "config.json"
+    if resumed is not None:
+        if config.resume == "never":
+            raise FileExistsError(f"{run} holds a run, {resumed.name}: pass resume=auto to go on with it, or another out")
+        before, now = to_dict(from_dict(json.loads(path.read_text()), TrainConfig)), to_dict(config)
+        for name in before:
+            if name not in MAY_CHANGE and before[name] != now[name]:
+                raise ValueError(
+                    f"{run} holds a run with another {name}: {before[name]}, not {now[name]}; "
+                    "go on with the same settings, or pass another out"
+                )
+    staged = path.with_suffix(".tmp")
+    staged.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    staged.replace(path)
+
+
+class _Training:
+    def __init__(self, config: TrainConfig, run: Path, data: Source, device: torch.device, interrupt: Interrupt, quiet: bool):
+        self.config, self.path, self.data, self.device, self.interrupt = config, run, data, device, interrupt
+        self.quiet = quiet
+        self.step = 0
+        self.members: dict[str, Member] = {}
+        """By name in the sweep; none until the first batch has shown its width."""
+        self.pending: list[Batch] = []
+        """Batches that were looked at and not yet trained on."""
+        self.log = Log(config, run)
+
+    # ── from start to end ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def run(self, resumed: Path | None) -> Run:
+        try:
+            if resumed is not None:
+                self._resume(resumed)
+            if not self.members:
+                self._begin()
+            speed = self._train()
+            self._checkpoint()
+            evaluations = self._evaluate()
+        except Interrupted:
+            self._checkpoint()
+            raise
+        finally:
+            self.log.close()
+        for name, member in self.members.items():
+            self._finish(member, evaluations.get(name), self.path / "final" / _folder(name))
+        return Run(self.path, {name: member.finished().eval() for name, member in self.members.items()}, evaluations, speed)
+
+    def _begin(self) -> None:
+        self._look_at(1)
+        first = fields(self.pending[0])
+        members = {name: Member(config, *_sizes(config, first), self.device) for name, config in self.config.members().items()}
+        if any(member.needs_start() for member in members.values()):
+            self._look_at(min(START_BATCHES, self.config.steps))
+            for member in members.values():
+                member.start(self.pending)
+        self.members = members
+
+    def _look_at(self, n: int) -> None:
+        while len(self.pending) < n:
+            self.pending.append(self._next_of(self.data))
+
+    def _train(self) -> float:
+        """Tokens a second."""
+        begun, first = time.perf_counter(), self.step
+        with Progress(self.config.steps, self.step, self.quiet) as progress:
+            while self.step < self.config.steps:
+                batch = self.pending.pop(0) if self.pending else self._next_of(self.data)
+                with _advice(self.config):
+                    for member in self.members.values():
+                        member.step(batch, self.step)
+                self.step += 1
+                if self.step % self.config.log_every == 0 or self.step == self.config.steps:
+                    found = {name: member.measure(self.step) for name, member in self.members.items()}
+                    self.log.write(self.step, found)
+                    progress.show(found)
+                progress.advance()
+                if self.interrupt.requested is not None:
+                    raise Interrupted(self.interrupt.requested)
+                if self.config.save_every and self.step % self.config.save_every == 0 and self.step < self.config.steps:
+                    self._checkpoint()
+        return (self.step - first) * self.config.batch_size / (time.perf_counter() - begun)
+
+    def _next_of(self, source: Iterator[Batch]) -> Batch:
+        batch = next(source, None)
+        if batch is None:
+            raise DataEnded(
+                f"the data ended after {self.step * self.config.batch_size:,} of {self.config.tokens:,} tokens: "
+                "pass fewer tokens, or data that go on"
+            )
+        return batch
+
+    def _evaluate(self) -> dict[str, Evaluation]:
+        """On batches that nobody has trained on."""
+        fresh: list[Batch] = []
+        while len(fresh) < EVAL_BATCHES and (batch := next(self.data, None)) is not None:
+            fresh.append(batch)
+        if not fresh:
+            warnings.warn("the data ended with the training: there is nothing fresh to evaluate on", stacklevel=2)
+            return {}
+        found: dict[str, Evaluation] = {}
+        for name, member in self.members.items():
+            sae = member.finished()
+            found[name] = evaluate(sae, _polled(member.view(batch, sae.W_dec.dtype) for batch in fresh))
+        return found
+
+    def _finish(self, member: Member, evaluation: Evaluation | None, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._save(member, folder)
+        if evaluation is not None:
+            (folder / "evaluation.json").write_text(json.dumps(evaluation.scalars(), indent=2) + "\n")
+            # SAELens' file of this name
+            save_tensors(folder / "sparsity.safetensors", {"sparsity": (evaluation.feature_density + 1e-10).log10().float()})
+
+    # ── what survives ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _checkpoint(self) -> None:
+        if not (self.path / f"step-{self.step:06d}").exists():
+            write_checkpoint(self.path, self.step, self._write, keep=self.config.keep)
+
+    def _write(self, folder: Path) -> None:
+        for name, member in self.members.items():
+            inside = folder / _folder(name)
+            inside.mkdir(exist_ok=True)
+            self._save(member, inside)
+            save_tree(inside, "training", member.state_dict())
+        try:
+            data = self.data.state_dict()
+        except NotResumable as error:
+            warnings.warn(f"the weights are saved, the place in the data is not: {error}", stacklevel=2)
+            data = None
+        tree = {
+            "step": self.step,
+            "data": data,
+            "pending": [fields(batch) for batch in self.pending],
+            "members": list(self.members),
+            "rng": torch.get_rng_state(),
+        }
+        save_tree(folder, "run", tree)
+
+    def _resume(self, folder: Path) -> None:
+        state = load_tree(folder, "run")
+        if state["data"] is None:
+            raise NotResumable(f"{folder} does not say where in the data it was, which its source could not: pass another out")
+        self.step = state["step"]
+        self.data.load_state_dict(state["data"])
+        self.pending = [batch_of(batch) for batch in state["pending"]]
+        torch.set_rng_state(state["rng"])
+        configs = self.config.members()
+        for name in state["members"]:
+            saved = load_tree(folder / _folder(name), "training")
+            self.members[name] = Member(configs[name], saved["d_in"], saved["d_out"], self.device)
+            self.members[name].load_state_dict(saved)
+        self.log.cut(self.step)
+        if not self.quiet:
+            print(f"going on from {folder}", file=sys.stderr)
+
+    def _save(self, member: Member, folder: Path) -> None:
+        """The SAE as SAELens reads it, where SAELens has such an SAE; the state to go on from is beside it."""
+        try:
+            formats.save(member.finished(), folder, metadata=member.metadata(self.step))
+        except FormatError as error:
+            if self.step == self.config.steps:
+                warnings.warn(f"no SAELens folder was written: {error}", stacklevel=2)
+
+
+def _folder(name: str) -> str:
+    return name or "."
+
+
+def _sizes(config: TrainConfig, batch: dict[str, Tensor]) -> tuple[int, int | None]:
+    """(d_in, d_out) of the SAE that `config` describes; d_out is None where it reconstructs its input."""
+
+    def width(t: Tensor) -> int:
+        return t[0].numel()
+
+    if config.data.hook in batch:
+        target = config.data.target_hook
+        return width(batch[config.data.hook]), width(batch[target]) if target else None
+    return width(batch["x"]), width(batch["target"]) if "target" in batch else None
+
+
+def _polled(batches: Iterable[Any]) -> Iterator[Any]:
+    for batch in batches:
+        poll()
+        yield batch
+
+
+@contextmanager
+def _advice(config: TrainConfig) -> Generator[None]:
+    """What did not fit, and what to lower."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise OutOfMemory(
+            f"a step of {config.batch_size} rows did not fit into memory ({str(error).splitlines()[0]}): pass micro_batch="
+            f"{max(1, (config.optim.micro_batch or config.batch_size) // 2)}, a lower expansion, or moments=bf16 "
+            "(fastsae plan says what fits)"
+        ) from error
