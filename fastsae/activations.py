@@ -45,6 +45,9 @@ class Activation(nn.Module):
     def observe(self, code: SparseCode, select_scale: Tensor | None = None) -> None:
         """What is learned from a training batch's activations without a gradient; a trainer calls it once a step."""
 
+    def project(self) -> None:
+        """Bring parameters that an optimizer's step took out of their range back into it."""
+
     def dense(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, select_scale: Tensor | None = None) -> Tensor:
         """All activations [..., F]."""
         code = self.encode(x, W_enc, b_enc, select_scale)
@@ -230,20 +233,23 @@ class JumpReLU(_Threshold):
         self.theta = nn.Parameter(torch.full((d_sae,), self.initial_theta, device=device, dtype=dtype))
 
     def threshold(self, b_enc: Tensor) -> Tensor:
-        trains = self._project()
+        trains = self._check()
         return self.theta.detach() - self.bandwidth / 2 if trains else self.theta.detach()
 
-    def _project(self) -> bool:
+    def project(self) -> None:
+        self.theta.data.clamp_(min=0)  # .data, since what an earlier forward pass saved stays valid
+
+    def _check(self) -> bool:
         """Whether this is training, where an optimizer may have stepped below zero and theta is set back."""
         trains = self.training and torch.is_grad_enabled()
-        if trains:  # .data, since what an earlier forward pass saved stays valid
-            self.theta.data.clamp_(min=0)
+        if trains:
+            self.project()
         check.non_negative("theta", self.theta.detach())  # in training, that it is a number
         return trains
 
     def dense(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, select_scale: Tensor | None = None) -> Tensor:
         _no_ranking(self, select_scale)
-        self._project()
+        self._check()
         if torch.is_grad_enabled():  # the fused GEMM keeps no pre-activations, which theta's gradient needs
             return super().dense(x, W_enc, b_enc)
         return functional.dense_encode(x, W_enc, b_enc, self.theta)

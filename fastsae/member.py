@@ -96,10 +96,10 @@ class Member:
 
         loss = torch.stack([o.loss.detach().double() for o in outcomes]).mean()
         fine = loss.isfinite()
-        if self.config.optim.spike is not None:
-            fine = fine & ~(loss > self.config.optim.spike * self.mean_loss)  # without a mean, NaN, nothing is a spike
-        if self.config.optim.on_nonfinite == "stop" and not fine:
-            raise NonFinite(f"the loss of step {step} is {float(loss)}: the weights stay as before; lower lr, or see to the data")
+        if (spike := self.config.optim.spike) is not None:  # without a mean, NaN, nothing is one
+            fine = fine & ~(loss > spike * self.mean_loss)
+        if self.config.optim.on_nonfinite == "stop" and not loss.isfinite():
+            raise NonFinite(f"the loss of step {step} is {float(loss)}: the weights stay as they were; lower lr")
         lr = learning_rate(self.config.optim, sae.d_sae) * self._lr_factor(step)
         fine = self.stepper.step(fine, lr)
         self.mean_loss = torch.where(

@@ -89,6 +89,7 @@ class Fused(Stepper):
         self._set_lr(lr)
         self.adam.step(finite=fine)
         self.adam.zero_grad()
+        self.sae.activation.project()
         return fine
 
     def skipped_rows(self) -> Tensor:
@@ -138,6 +139,7 @@ class Stored(Stepper):
             self.optimizer.step()
             if self.unit_norm:
                 self.original.W_dec.div_(self.original.W_dec.norm(dim=1, keepdim=True))
+            self.original.activation.project()
         self.original.zero_grad()
         self.sae.zero_grad()
         self._copy()

@@ -27,7 +27,7 @@ from .data.source import Batch, NotResumable, Source, as_source, batch_of, field
 from .formats.safe import FormatError
 from .interrupt import Interrupt, Interrupted, poll
 from .logs import Log, Progress
-from .member import Member
+from .member import Member, NonFinite
 from .metrics import Evaluation, evaluate
 from .sae import SAE
 from .settings import from_dict, to_dict
@@ -128,7 +128,7 @@ class _Training:
             speed = self._train()
             self._checkpoint()
             evaluations = self._evaluate()
-        except Interrupted:
+        except (Interrupted, NonFinite):
             self._checkpoint()
             raise
         finally:
