@@ -9,8 +9,10 @@ export FASTSAE_EXAMPLES ?= 25
 
 .PHONY: demo test bench soak lint types clean .venv-hosts
 
+# the main job: train on the language model that comes along, then evaluate
 demo: .venv/ready
-	$(RUN) -m bench.demo
+	$(RUN) -m fastsae train --out runs/demo
+	$(RUN) -m fastsae eval runs/demo
 
 test:
 	$(MAKE) -j2 .venv/ready .venv-hosts/ready
@@ -39,7 +41,7 @@ clean:
 # The constraints decide which torch is installed: without them pip takes the newest.
 .venv/ready: pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install -c tests/constraints.txt -e '.[dev,triton]'
+	$(RUN) -m pip install -c tests/constraints.txt -e '.[dev,triton,lm,plot]'
 	touch $@
 
 .venv-hosts: .venv-hosts/ready

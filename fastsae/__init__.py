@@ -8,15 +8,31 @@ _HOME = {
     "AbsTopK": "activations",
     "Activation": "activations",
     "BatchTopK": "activations",
+    "DataConfig": "config",
+    "FormatError": "formats",
     "Gated": "activations",
     "JumpReLU": "activations",
+    "LossConfig": "config",
+    "OptimConfig": "config",
     "ReLU": "activations",
     "SAE": "sae",
+    "SAEConfig": "config",
     "SparseCode": "sparse_code",
     "TopK": "activations",
+    "TrainConfig": "config",
+    "accelerate": "hosts",
+    "evaluate": "metrics",
+    "from_pretrained": "hub",
+    "load": "formats",
+    "patch": "hosts",
+    "push_to_hub": "hub",
+    "train": "trainer",
+    "unpatch": "hosts",
 }
-_MODULES = ("activations", "functional", "kernels", "losses", "sae", "schedules", "sparse_code")
-
+_MODULES = (
+    "activations", "calibrate", "config", "data", "formats", "functional", "hosts", "hub", "kernels", "losses", "metrics",
+    "optim", "sae", "schedules", "sparse_code",
+)  # fmt: skip
 
 
 def __getattr__(name: str):

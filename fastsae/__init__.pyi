@@ -1,7 +1,15 @@
 from . import activations as activations
+from . import calibrate as calibrate
+from . import config as config
+from . import data as data
+from . import formats as formats
 from . import functional as functional
+from . import hosts as hosts
+from . import hub as hub
 from . import kernels as kernels
 from . import losses as losses
+from . import metrics as metrics
+from . import optim as optim
 from . import sae as sae
 from . import schedules as schedules
 from . import sparse_code as sparse_code
@@ -12,7 +20,21 @@ from .activations import Gated as Gated
 from .activations import JumpReLU as JumpReLU
 from .activations import ReLU as ReLU
 from .activations import TopK as TopK
+from .config import DataConfig as DataConfig
+from .config import LossConfig as LossConfig
+from .config import OptimConfig as OptimConfig
+from .config import SAEConfig as SAEConfig
+from .config import TrainConfig as TrainConfig
+from .formats import FormatError as FormatError
+from .formats import load as load
+from .hosts import accelerate as accelerate
+from .hosts import patch as patch
+from .hosts import unpatch as unpatch
+from .hub import from_pretrained as from_pretrained
+from .hub import push_to_hub as push_to_hub
+from .metrics import evaluate as evaluate
 from .sae import SAE as SAE
 from .sparse_code import SparseCode as SparseCode
+from .trainer import train as train
 
 __version__: str

@@ -1,5 +1,9 @@
 """SAE: parameters, and the path of x through them. No loss, and no question which activation it has."""
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -62,6 +66,8 @@ class SAE(nn.Module):
         self.b_enc = nn.Parameter(empty(d_sae).zero_())
         self.b_dec = nn.Parameter(empty(self.d_out).zero_())
         self.W_skip = nn.Parameter(empty(self.d_out, d_in).zero_()) if skip else None
+        self.metadata: dict[str, Any] = {}
+        """Where the SAE belongs (model_name, hook_name, ...), as files keep it."""
         self.activation = activation
         activation.attach(d_sae, device, dtype)
         self.register_load_state_dict_post_hook(SAE._latent_major)
@@ -146,6 +152,18 @@ class SAE(nn.Module):
             y = self._decode(self._activate(code))
         y = self._on_scale_of(x, y)
         return y if self.W_skip is None else y + x @ self.W_skip.T
+
+    def save(
+        self,
+        path: str | Path,
+        format: str = "saelens",
+        metadata: Mapping[str, Any] | None = None,
+        input_scale: float = 1.0,
+    ) -> None:
+        """Write the SAE into the folder `path`, as SAELens reads it unless another `format` is named (formats.save)."""
+        from . import formats
+
+        formats.save(self, path, format, metadata, input_scale)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, deferred ones too."""

@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from fastsae import SAE
-from fastsae.config import DataConfig, LossConfig, OptimConfig, SAEConfig, TrainConfig, with_values
+from fastsae.config import DataConfig, OptimConfig, SAEConfig, TrainConfig, with_values
+from fastsae.data.source import NotResumable
 from fastsae.interrupt import Interrupted
-from fastsae.member import Member
+from fastsae.logs import SINKS
+from fastsae.member import Member, NonFinite
+from fastsae.resample import resample
 from fastsae.state_files import load_tree
-from fastsae.trainer import train
+from fastsae.trainer import DataEnded, OutOfMemory, train
 
 SMALL = TrainConfig(
     sae=SAEConfig(k=3, d_sae=64),
@@ -101,3 +104,226 @@ def assert_same(a, b, path=""):
         assert torch.equal(a, b) or (a.isnan() & b.isnan()).all(), path
     else:
         assert a == b or (isinstance(a, float) and math.isnan(a)), path
+
+
+# ── guards ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def member(**changes):
+    return Member(small("unused", **changes), 16, None, torch.device("cpu"))
+
+
+def weights(made):
+    return [t.clone() for t in made.finished().state_dict().values()]
+
+
+def some_steps(made, n=3):
+    for step in range(n):
+        made.step(torch.randn(32, 16), step)
+
+
+@pytest.mark.parametrize("optimizer", ["fused_adam", "Adam"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu", "relu", "gated"])
+@pytest.mark.parametrize("place", ["x", "target", "loss"])
+def test_what_is_not_finite_never_reaches_the_weights(place, activation, bad, optimizer, monkeypatch):
+    made = member(activation=activation, optimizer=optimizer)
+    some_steps(made)
+    before, skipped = weights(made), int(made.skipped)
+    x, target = torch.randn(32, 16), torch.randn(32, 16)
+    if place == "loss":
+        real = type(made.objective).__call__
+        monkeypatch.setattr(type(made.objective), "__call__", lambda *a: real(*a)._replace(loss=real(*a).loss * bad))
+    else:
+        {"x": x, "target": target}[place][7, 3] = bad
+    made.step((x, target), 3)
+    monkeypatch.undo()
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(made), strict=True))
+    assert int(made.skipped) == skipped + 1 and made.measure(4)["sparsity/skipped_steps"] == skipped + 1
+    made.step(torch.randn(32, 16), 4)
+    assert not all(torch.equal(a, b) for a, b in zip(before, weights(made), strict=True)), "and training goes on"
+
+
+@pytest.mark.parametrize("name", ["W_enc", "W_dec", "b_enc", "b_dec"])
+def test_a_weight_that_is_not_finite_moves_no_other(name):
+    """Whatever reads it is skipped: the loss, or a row's gradient."""
+    made = member()
+    some_steps(made)
+    with torch.no_grad():
+        made.sae.get_parameter(name).view(-1)[5] = math.nan
+    before = weights(made)
+    some_steps(made)
+    for a, b in zip(before, weights(made), strict=True):
+        assert torch.equal(a[~a.isnan()], b[~a.isnan()]) or name == "W_enc"  # a dead column of W_enc takes part in nothing
+        assert torch.equal(a.isnan(), b.isnan())
+
+
+@pytest.mark.parametrize("optimizer", ["fused_adam", "Adam"])
+def test_a_gradient_that_is_not_finite(optimizer, monkeypatch):
+    made = member(optimizer=optimizer)
+    some_steps(made)
+    made.sae.W_dec.register_hook(lambda g: g) if optimizer == "Adam" else None
+    before = weights(made)
+    real = type(made.objective).__call__
+
+    def poisoned(*arguments):
+        outcome = real(*arguments)
+        outcome.loss.register_hook(lambda g: g * math.nan)
+        return outcome
+
+    monkeypatch.setattr(type(made.objective), "__call__", poisoned)
+    made.step(torch.randn(32, 16), 3)
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(made), strict=True))
+    found = made.measure(4)
+    assert found["sparsity/skipped_steps"] + found["sparsity/skipped_rows"] > 0
+
+
+def test_stop_instead_of_skip(tmp_path):
+    with pytest.raises(NonFinite, match="not finite"):
+        train(small(tmp_path / "run", on_nonfinite="stop"), [torch.full((64, 16), math.nan)], quiet=True)
+
+
+def test_a_spike_is_skipped_and_forgotten():
+    calm, struck = member(spike=5.0), member(spike=5.0)
+    for step in range(12):
+        x = torch.randn(32, 16)
+        calm.step(x, step)
+        struck.step(x, step)
+        if step == 6:
+            before = weights(struck)
+            struck.step(x * 1000, step)
+            assert all(torch.equal(a, b) for a, b in zip(before, weights(struck), strict=True))
+    assert int(struck.skipped) == 1 and int(calm.skipped) == 0
+    assert float(struck.mean_loss) == pytest.approx(float(calm.mean_loss))
+
+
+def test_memory_that_is_not_there_is_answered_with_numbers(tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(Member, "step", full)
+    with pytest.raises(OutOfMemory, match="32 rows .*20.00 GiB.*micro_batch=16"):
+        train(small(tmp_path / "run"), quiet=True)
+
+
+# ── shapes of data ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_micro_batches_add_up():
+    whole, parts = member(), member(micro_batch=8)
+    for step in range(3):
+        x = torch.randn(32, 16)
+        whole.step(x, step)
+        parts.step(x, step)
+    for a, b in zip(whole.sae.parameters(), parts.sae.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_transcoder(skip, tmp_path):
+    A = torch.randn(16, 5) / 4
+    pairs = [(x, x @ A) for x in torch.randn(40, 64, 16)]
+    run = train(small(tmp_path / "run", skip=skip, tokens=60 * 32), pairs, quiet=True)
+    assert run.sae.d_out == 5 and not run.sae.apply_b_dec_to_input and (run.sae.W_skip is not None) == skip
+    assert run.evaluation.fvu < (0.3 if skip else 0.9)
+
+
+def test_crosscoder_is_an_sae_of_layers_side_by_side(tmp_path):
+    layers = [torch.randn(64, 3, 8) for _ in range(20)]
+    run = train(small(tmp_path / "run"), layers, quiet=True)
+    assert (run.sae.d_in, run.sae.d_out) == (24, 24)
+
+
+def test_a_sweep_trains_each_as_alone(tmp_path):
+    """Two k, two hooks, from one stream of batches; and it resumes as one."""
+    batches = [{"a": torch.randn(64, 16), "b": torch.randn(64, 16)} for _ in range(20)]
+    both = train(small(tmp_path / "both", sweep=("k=2,4", "hook=a,b")), batches, quiet=True)
+    assert list(both.saes) == ["k=2,hook=a", "k=4,hook=b"]
+    for k, hook in ((2, "a"), (4, "b")):
+        alone = train(small(tmp_path / hook, k=k, hook=hook), [{"a": b[hook], "b": b[hook]} for b in batches], quiet=True)
+        for p, q in zip(alone.sae.parameters(), both.saes[f"k={k},hook={hook}"].parameters(), strict=True):
+            assert torch.equal(p, q)
+        assert (tmp_path / "both" / "final" / f"k={k},hook={hook}" / "sae_weights.safetensors").exists()
+    assert {line["sae"] for line in lines(tmp_path / "both")} == set(both.saes)
+    with pytest.raises(ValueError, match="trained 2 SAEs"):
+        _ = both.sae
+
+
+# ── runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path):
+    a, b, c = (train(small(tmp_path / str(i), seed=seed), quiet=True).sae for i, seed in enumerate((1, 1, 2)))
+    assert torch.equal(a.W_dec, b.W_dec) and not torch.equal(a.W_dec, c.W_dec)
+
+
+def test_nobody_elses_random_numbers_are_touched(tmp_path):
+    before = torch.get_rng_state()
+    train(small(tmp_path / "run"), quiet=True)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_data_that_end_too_early(tmp_path):
+    with pytest.raises(DataEnded, match="ended after 64 of 384 tokens"):
+        train(small(tmp_path / "run"), iter([torch.randn(64, 16)]), quiet=True)
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    train(small(tmp_path / "run"), quiet=True)
+    with pytest.raises(ValueError, match="another tokens: 384, not 640"):
+        train(small(tmp_path / "run", tokens=640), quiet=True)
+    with pytest.raises(FileExistsError, match="resume=auto"):
+        train(small(tmp_path / "run", resume="never"), quiet=True)
+
+
+def test_a_source_that_cannot_go_back_says_so(tmp_path, monkeypatch):
+    not_resumable = pytest.warns(UserWarning, match="place in the data is not")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted), not_resumable:
+        patch.setattr(Member, "step", signalling(Member.step, 2))
+        train(small(tmp_path / "run"), iter(torch.randn(40, 64, 16)), quiet=True)
+    with pytest.raises(NotResumable):
+        train(small(tmp_path / "run"), iter(torch.randn(40, 64, 16)), quiet=True)
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path):
+    train(small(tmp_path / "run", save_every=2), quiet=True)
+    assert sorted(p.name for p in (tmp_path / "run").glob("step-*")) == ["step-000010", "step-000012"]
+
+
+def test_a_logger_that_fails_is_dropped(tmp_path, monkeypatch):
+    def sink(config, run):
+        def send(step, metrics):
+            raise OSError("no network")
+
+        return send, lambda: None
+
+    monkeypatch.setitem(SINKS, "wandb", sink)
+    with pytest.warns(UserWarning, match="wandb gets no more metrics.*no network"):
+        train(small(tmp_path / "run", loggers=("wandb",)), quiet=True)
+    assert [line["step"] for line in lines(tmp_path / "run")] == [4, 8, 12]
+
+
+def test_resampled_latents_point_at_what_was_missed():
+    """Weights in place, moments gone, b_enc zero, only for the dead."""
+    made = member(dead="resample", dead_window=1)
+    some_steps(made)
+    dead = torch.tensor([3, 60])
+    x = torch.randn(32, 16)
+    sse = torch.zeros(32)
+    sse[9] = 5.0
+    before = weights(made)
+    with made.stepper.edit() as sae:
+        resample(sae, dead, x, x, sse, torch.Generator().manual_seed(0))
+    made.stepper.forget(dead)
+    direction = torch.nn.functional.normalize(x[9] - made.sae.b_dec, dim=0)
+    for W in (made.sae.W_dec[dead], made.sae.W_enc[:, dead].T):
+        torch.testing.assert_close(torch.nn.functional.normalize(W, dim=1), direction.expand(2, -1))
+    state = made.stepper.optimizer.state
+    for p, rows in ((made.sae.W_dec, lambda t: t), (made.sae.W_enc, lambda t: t.T), (made.sae.b_enc, lambda t: t)):
+        assert not rows(state[p]["exp_avg"])[dead].any() and rows(state[p]["exp_avg"]).any()
+    living = torch.ones(64, dtype=torch.bool)
+    living[dead] = False
+    for a, b in zip(before, weights(made), strict=True):
+        if a.dim() == 2:
+            rows = (lambda t: t.T) if a.shape == (16, 64) else (lambda t: t)
+            assert torch.equal(rows(a)[living], rows(b)[living]) and not torch.equal(rows(a)[dead], rows(b)[dead])
