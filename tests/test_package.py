@@ -17,17 +17,21 @@ ROOT = Path(__file__).parents[1]
 
 # Each layer may import the ones before it. A module that stands in no layer yet fails test_every_module_has_a_layer.
 LAYERS = [
-    {"kernels"},
-    {"sparse_code"},
-    {"functional"},
-    {"activations"},
+    {"kernels", "optional", "settings", "strict_json", "schedules", "interrupt", "embedded"},
+    {"sparse_code", "normalize", "config", "state_files"},
+    {"functional", "checkpoint"},
+    {"activations", "plan"},
     {"sae"},
-    {"losses", "optim", "metrics", "schedules"},
-    {"config", "data", "checkpoint"},
-    {"train"},
-    {"formats", "hosts", "analysis"},
+    {"losses", "optim", "metrics", "calibrate", "dead", "data"},
+    {"objective", "initialise", "resample", "logs", "splice", "plots", "formats"},
+    {"steppers", "hub"},
+    {"member"},
+    {"trainer", "evaluation"},
+    {"hosts", "analysis"},
     {"cli"},
 ]
+# sae.save(path) and fastsae.load are one pair of names to users
+UPWARD = {("sae", "formats")}
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 CORE = ["kernels", "sparse_code", "functional", "activations", "sae", "losses", "optim"]
 MAY_IMPORT = {"fastsae", "torch", "triton", "numpy", "safetensors"}
@@ -106,7 +110,8 @@ print(kernels.describe())
 
 def test_core_runs_with_torch_alone():
     """An import by core code or bench of anything but torch, triton, numpy, safetensors and the standard library fails."""
-    bench = [f.stem for f in (ROOT / "bench").glob("*.py") if f.stem != "__main__" and not f.stem.startswith("test_")]
+    needs_more = {"__main__", "embedded_lm"}  # the second makes a file that is shipped, with tokenizers and transformers
+    bench = [f.stem for f in (ROOT / "bench").glob("*.py") if f.stem not in needs_more and not f.stem.startswith("test_")]
     code = f"""
 import builtins, importlib, sys
 import_ = builtins.__import__
@@ -139,7 +144,7 @@ def test_imports_point_one_way():
             top, _, rest = full.partition(".")
             assert top not in ("tests", "bench"), f"{file} imports {full}"
             other = rest.split(".")[0]
-            if top == "fastsae" and other in LAYER:
+            if top == "fastsae" and other in LAYER and (name, other) not in UPWARD:
                 assert other == name or LAYER[other] < layer, f"{file}, layer {name}, imports {full}"
 
 
