@@ -80,9 +80,8 @@ class Member:
             x, target = x * self.scale, x * self.scale if target is x else target * self.scale
         sae = self.sae.train()
         self._set_k(step)
-        readable = self.device.type == "cpu"
-        if readable and not (x.isfinite().all() and target.isfinite().all()):
-            self._refuse("activations")
+        if self.device.type == "cpu" and not (sae.encoder_input(x).isfinite().all() and target.isfinite().all()):
+            self._refuse(step)  # a GPU says so by its loss
             return
         dead = self._dead()
         outcomes: list[Outcome] = []
@@ -108,9 +107,9 @@ class Member:
         self.skipped += ~fine
         self._resample(step, x, target, outcomes)
 
-    def _refuse(self, what: str) -> None:
+    def _refuse(self, step: int) -> None:
         if self.config.optim.on_nonfinite == "stop":
-            raise NonFinite(f"{what} are not finite: the weights are as they were; look at the data")
+            raise NonFinite(f"the activations of step {step} are not finite: the weights stay as they were; look at the data")
         self.skipped += 1
 
     def _lr_factor(self, step: int) -> float:
