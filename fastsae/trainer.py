@@ -7,6 +7,7 @@
 """
 
 import json
+import os
 import sys
 import time
 import warnings
@@ -78,7 +79,6 @@ def train(config: TrainConfig, source: Iterable[Batch] | None = None, quiet: boo
     SIGTERM and SIGINT save a checkpoint and raise Interrupted. Called again, it goes on from the newest checkpoint.
     """
     run = Path(config.out)
-    run.mkdir(parents=True, exist_ok=True)
     with run_lock(run), Interrupt() as interrupt:
         resumed = newest(run)
         _remember(config, run, resumed)
@@ -101,8 +101,10 @@ def _remember(config: TrainConfig, run: Path, resumed: Path | None) -> None:
                     f"{run} holds a run with another {name}: {before[name]}, not {now[name]}; "
                     "go on with the same settings, or pass another out"
                 )
-    staged = path.with_suffix(".tmp")
-    staged.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    with (staged := path.with_suffix(".tmp")).open("w") as file:
+        file.write(json.dumps(to_dict(config), indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # an empty file would be worse than none
     staged.replace(path)
 
 
@@ -115,6 +117,8 @@ class _Training:
         """By name in the sweep; none until the first batch has shown its width."""
         self.pending: list[Batch] = []
         """Batches that were looked at and not yet trained on."""
+        self.saved: int | None = None
+        """The step of the newest checkpoint."""
         self.log = Log(config, run)
 
     # ── from start to end ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -206,8 +210,9 @@ class _Training:
     # ── what survives ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _checkpoint(self) -> None:
-        if not (self.path / f"step-{self.step:06d}").exists():
+        if self.saved != self.step:
             write_checkpoint(self.path, self.step, self._write, keep=self.config.keep)
+            self.saved = self.step
 
     def _write(self, folder: Path) -> None:
         for name, member in self.members.items():
@@ -233,7 +238,7 @@ class _Training:
         state = load_tree(folder, "run")
         if state["data"] is None:
             raise NotResumable(f"{folder} does not say where in the data it was, which its source could not: pass another out")
-        self.step = state["step"]
+        self.step = self.saved = state["step"]
         self.data.load_state_dict(state["data"])
         self.pending = [batch_of(batch) for batch in state["pending"]]
         torch.set_rng_state(state["rng"])
