@@ -33,6 +33,7 @@ from .metrics import Evaluation, evaluate
 from .sae import SAE
 from .settings import from_dict, to_dict
 from .state_files import load_tree, save_tensors, save_tree
+from .strict_json import read_json
 
 START_BATCHES = 8
 """Batches from which a scale of the input or a first b_dec is taken; they are trained on after that."""
@@ -94,7 +95,7 @@ def _remember(config: TrainConfig, run: Path, resumed: Path | None) -> None:
     if resumed is not None:
         if config.resume == "never":
             raise FileExistsError(f"{run} holds a run, {resumed.name}: pass resume=auto to go on with it, or another out")
-        before, now = to_dict(from_dict(json.loads(path.read_text()), TrainConfig)), to_dict(config)
+        before, now = to_dict(from_dict(read_json(path), TrainConfig)), to_dict(config)
         for name in before:
             if name not in MAY_CHANGE and before[name] != now[name]:
                 raise ValueError(
