@@ -14,6 +14,7 @@ from . import losses, schedules
 from .activations import BatchTopK, TopK
 from .config import TrainConfig
 from .data.source import Batch
+from .dead import DeadLatents, dead_latents, slots_for
 from .initialise import build, default_dead_window, input_scale, learning_rate, scaled, set_b_dec
 from .objective import Objective, Outcome
 from .resample import resample
@@ -46,6 +47,8 @@ class Member:
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         """Steps that a loss or gradient that is not finite, or a spike, made no update."""
         self.random = torch.Generator().manual_seed(config.seed)
+        self.slots = 0
+        """For dead latents, in a step."""
         self._window_fired = torch.zeros(F, dtype=torch.float64, device=device)
         self._window_rows = 0
         self._last: tuple[Outcome, Tensor] | None = None
@@ -83,7 +86,7 @@ class Member:
         if self.device.type == "cpu" and not (sae.encoder_input(x).isfinite().all() and target.isfinite().all()):
             self._refuse(step)  # a GPU says so by its loss
             return
-        dead = self._dead()
+        dead = self._dead(step)
         outcomes: list[Outcome] = []
         size = self.config.optim.micro_batch or x.shape[0]
         for rows, goal in zip(x.split(size), target.split(size), strict=True):
@@ -121,10 +124,13 @@ class Member:
         if o.k_first is not None and isinstance(self.sae.activation, TopK):
             self.sae.activation.k = round(schedules.anneal(step, 0, o.k_steps, o.k_first, self.config.sae.k))
 
-    def _dead(self) -> Tensor | None:
+    def _dead(self, step: int) -> DeadLatents | None:
         if self.objective.dead in ("none", "resample"):
             return None
-        return (self.since_fired > self.dead_window).nonzero().squeeze(1)[: self.config.loss.dead_cap]
+        if self.device.type == "cpu":  # counting costs nothing; on a GPU the count of the last log step must do
+            self.slots = min(int((self.since_fired > self.dead_window).sum()), self.config.loss.dead_cap)
+        found = dead_latents(self.since_fired, self.dead_window + 1, min(self.slots, self.sae.d_sae), step)
+        return found._replace(padded=self.device.type != "cpu")
 
     @torch.no_grad()
     def _count(self, outcomes: Sequence[Outcome], rows: int) -> None:
@@ -170,6 +176,7 @@ class Member:
         }
         if isinstance(self.sae.activation, BatchTopK):
             found["metrics/topk_threshold"] = float(self.sae.activation.threshold)
+        self.slots = slots_for(int(found["sparsity/dead_features"]), self.config.loss.dead_cap)
         self._window_fired.zero_()
         self._window_rows = 0
         return found
@@ -203,6 +210,7 @@ class Member:
             "since_fired": self.since_fired,
             "mean_loss": self.mean_loss,
             "skipped": self.skipped,
+            "slots": self.slots,
             "random": self.random.get_state(),
             "window_fired": self._window_fired,
             "window_rows": self._window_rows,
@@ -210,7 +218,7 @@ class Member:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stepper.load_state_dict(state["weights"])
-        self.scale = state["scale"]
+        self.scale, self.slots = state["scale"], state["slots"]
         for name in ("since_fired", "mean_loss", "skipped"):
             setattr(self, name, state[name].to(self.device))
         self.random.set_state(state["random"])

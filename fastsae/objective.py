@@ -14,6 +14,7 @@ from torch import Tensor
 from . import functional, losses, schedules
 from .activations import JumpReLU, gather
 from .config import TrainConfig
+from .dead import DeadLatents, without_padding
 from .functional import At
 from .kernels.deferred import row_norms
 from .normalize import NORMALIZE
@@ -63,8 +64,8 @@ class Objective:
                 "latents; pass dead='none' or 'resample', or normalize='expected_average_only_in'"
             )
 
-    def __call__(self, sae: SAE, x: Tensor, target: Tensor, dead: Tensor | None, step: int) -> Outcome:
-        """Of rows x [N, D] and their targets; `dead` are the ids of latents to revive."""
+    def __call__(self, sae: SAE, x: Tensor, target: Tensor, dead: DeadLatents | None, step: int) -> Outcome:
+        """Of rows x [N, D] and their targets; `dead` are the latents to revive."""
         norms = row_norms(sae.W_dec) if self._uses_norms() else None
         found = self._by_entry(sae, x, target, norms, step) or self._by_chunk(sae, x, target, norms, step)
         mse = found.sse.mean(0).sum()
@@ -142,15 +143,20 @@ class Objective:
 
     # ── dead latents ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _revive(self, sae: SAE, x: Tensor, error: Tensor, dead: Tensor) -> Tensor:
-        part = losses.part(sae, x, dead)
+    def _revive(self, sae: SAE, x: Tensor, error: Tensor, dead: DeadLatents) -> Tensor:
+        part = losses.part(sae, x, dead.latents)
+        magnitude = self.activation == "abstopk"
+        if dead.padded:
+            W_enc, b_enc, W_dec = without_padding(part.W_enc, part.b_enc, part.W_dec, dead.valid, magnitude)
+            part = part._replace(W_enc=W_enc, b_enc=b_enc, W_dec=W_dec)
         if self.dead == "auxk":
-            return losses.auxk(part, error, self.settings.auxk, magnitude=self.activation == "abstopk")
+            k = self.settings.auxk or max(1, error.shape[-1] // 2)
+            return dead.share(k) * losses.auxk(part, error, k, magnitude=magnitude, scaled=False)
         if self.dead == "auxk_normalised":
             return losses.auxk_normalised(part, error, self.settings.auxk)
         if self.dead == "ghost":
             return losses.ghost(part, error)
-        return losses.pre_act(part, cast(JumpReLU, sae.activation).theta[dead])
+        return losses.pre_act(part, cast(JumpReLU, sae.activation).theta[dead.latents])
 
 
 class _Found(NamedTuple):

@@ -13,6 +13,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 from fastsae.config import DataConfig, LossConfig, OptimConfig, SAEConfig, TrainConfig
 from fastsae.data.synthetic import Superposition
+from fastsae.dead import DeadLatents
 from fastsae.member import Member
 
 N, D, F, K, STEPS, WINDOW, LR = 32, 12, 96, 6, 300, 20, 3e-3
@@ -96,7 +97,8 @@ def test_lock_step(architecture, dtype):
         )  # fmt: skip
         theirs = trainer.sae.training_forward_pass(step_input=given).loss
         copy_weights(member.sae, trainer.sae)
-        mine = member.objective(member.sae.train(), x, x, mask.nonzero().squeeze(1), step).loss
+        dead = mask.nonzero().squeeze(1)
+        mine = member.objective(member.sae.train(), x, x, DeadLatents(dead, torch.ones_like(dead).bool(), False), step).loss
         near(mine.detach().to(dtype), theirs.detach(), tolerance, f"loss of step {step}")
         names, parameters = zip(*trainer.sae.named_parameters(), strict=True)
         expected = torch.autograd.grad(theirs, parameters)

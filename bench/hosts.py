@@ -1,0 +1,98 @@
+"""Host libraries with fastsae.patch and without, in one interleaved run:  .venv-hosts/bin/python -m bench.hosts [CASE ...]
+
+A case is a function that builds something of the library and returns one call of it; it runs once unpatched and once patched.
+Printed are milliseconds, their ratio, and what is allocated above parameters, gradients and optimizer state.
+"""
+
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fastsae import hosts
+
+from .measure import interleave, peak_memory
+
+N, D = 1024, 768
+
+
+@dataclass(frozen=True)
+class Built:
+    call: Callable[[int], object]
+    held: int
+    """bytes that have to be there: parameters, and in training as much again for gradients and for each of two moments"""
+
+
+def saelens_topk_step(device: torch.device) -> Built:
+    """SAETrainer.step of TopK, F 24,576, k 32"""
+    from sae_lens import LoggingConfig, SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D, d_sae=24_576, k=32, device=str(device)))
+    config = SAETrainerConfig(
+        n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False, total_training_samples=10**9, device=str(device),
+        autocast=False, lr=3e-4, lr_end=3e-5, lr_scheduler_name="constant", lr_warm_up_steps=0, adam_beta1=0.9,
+        adam_beta2=0.999, lr_decay_steps=0, n_restart_cycles=1, train_batch_size_samples=N, dead_feature_window=1000,
+        feature_sampling_window=2000, logger=LoggingConfig(log_to_wandb=False),
+    )  # fmt: skip
+    trainer = SAETrainer(config, sae, data_provider=iter(()))
+    batches = torch.randn(4, N, D, device=device)
+    held = 4 * sum(p.nbytes for p in sae.parameters())
+    return Built(lambda i: trainer.step(batches[i % 4]), held + batches.nbytes)
+
+
+def saelens_jumprelu_forward(device: torch.device) -> Built:
+    """JumpReLUSAE, F 65,536, about 64 latents a row"""
+    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=D, d_sae=65_536, device=str(device)))
+    with torch.no_grad():
+        sae.W_enc.normal_().div_(D**0.5)  # pre-activations are standard normal, of which one in a thousand is over 3.1
+        sae.threshold.fill_(3.1)
+    batches = torch.randn(4, N, D, device=device)
+    return Built(torch.no_grad()(lambda i: sae(batches[i % 4])), sum(p.nbytes for p in sae.parameters()) + batches.nbytes)
+
+
+CASES = {"sae_lens": (saelens_topk_step, saelens_jumprelu_forward)}
+
+
+def compare(host: str, case: Callable[[torch.device], Built], device: torch.device, seconds: float) -> None:
+    """Print one case."""
+
+    def switch(patched: bool) -> None:
+        (hosts.patch if patched else hosts.unpatch)(host)
+
+    calls: dict[str, Callable[[int], object]] = {}
+    above: dict[str, float] = {}
+    for name, patched in (("stock", False), ("patched", True)):
+        switch(patched)
+        torch.manual_seed(0)
+        made, peak = peak_memory(lambda: case(device), lambda built: built.call(0), device)
+        above[name] = max(peak - made.held, 1) / 1e6
+
+        def call(i: int, patched: bool = patched, made: Built = made) -> object:
+            switch(patched)
+            return made.call(i)
+
+        calls[name] = call
+    samples = interleave(calls, device, seconds)
+    ms = {name: statistics.median(taken) for name, taken in samples.items() if isinstance(taken, list)}
+    hosts.unpatch(host)
+    print(f"{host}: {case.__doc__}")
+    for name in calls:
+        print(f"    {name:8} {ms[name]:9.1f} ms   {above[name]:9.1f} MB")
+    print(f"    {'ratio':8} {ms['stock'] / ms['patched']:9.2f} x    {above['stock'] / above['patched']:9.2f} x")
+
+
+def main(wanted: list[str], seconds: float = 30.0) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for host, cases in CASES.items():
+        for case in cases:
+            if not wanted or any(case.__name__.startswith(name) for name in wanted):
+                compare(host, case, device, seconds)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
