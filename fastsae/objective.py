@@ -151,7 +151,7 @@ class Objective:
             part = part._replace(W_enc=W_enc, b_enc=b_enc, W_dec=W_dec)
         if self.dead == "auxk":
             k = self.settings.auxk or max(1, error.shape[-1] // 2)
-            return dead.share(k) * losses.auxk(part, error, k, magnitude=magnitude, scaled=False)
+            return dead.share(k, error.dtype) * losses.auxk(part, error, k, magnitude=magnitude, scaled=False)
         if self.dead == "auxk_normalised":
             return losses.auxk_normalised(part, error, self.settings.auxk)
         if self.dead == "ghost":

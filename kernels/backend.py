@@ -59,12 +59,12 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 
 
 def op(fn: Callable[..., Any]) -> Any:
-    """Register `fn` as the operator fastsae::<its name>."""
+    """Register `fn` as the operator fastsae::<its name>. It computes in the dtypes that it is given, autocast or not."""
     IMPLEMENTATIONS[fn.__name__] = fn
 
     @functools.wraps(fn)
     def on_its_device(*args: Any) -> Any:
-        with device_of(*args):
+        with device_of(*args), exactly(*args):
             return fn(*args)
 
     return torch.library.custom_op(f"fastsae::{fn.__name__}", on_its_device, mutates_args=())
@@ -73,6 +73,11 @@ def op(fn: Callable[..., Any]) -> Any:
 def device_of(*args: Any) -> Any:
     """A context in which Triton launches on the GPU of the first tensor, not on the current one; nothing on a CPU."""
     return torch.cuda.device_of(next((t for t in args if isinstance(t, Tensor)), None))
+
+
+def exactly(*args: Any) -> Any:
+    """A context in which an autocast region that the caller may be in does nothing."""
+    return torch.autocast(next((t.device.type for t in args if isinstance(t, Tensor)), "cpu"), enabled=False)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

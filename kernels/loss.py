@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from . import check
-from .backend import accumulator, op, runs_triton, tl, triton
-from .by_latent import bag_of_entries, decoder_backward, segment_rows, segment_sums, segment_sums_sorted, sort_by_latent
+from .backend import accumulator, exactly, op, runs_triton, tl, triton
+from .by_latent import bag_of_entries, segment_rows, segment_sums, segment_sums_sorted, sort_by_latent
+from .latent_backward import decoder_backward
 from .tiles import tile
 
 
@@ -129,7 +130,8 @@ def _backward(ctx, g_error, g_sse, g_l1):
         g = error.view(N, D)
         scale = (2 * g_sse).view(N).to(error.dtype) if g_sse is not None else error.new_zeros(N)
         by_row = g * scale[:, None] if needs[5] else None
-        db = scale @ g if needs[4] else None
+        with exactly(g):
+            db = scale @ g if needs[4] else None
     else:
         g = torch.zeros_like(error) if g_error is None else g_error
         if g_sse is not None:

@@ -16,7 +16,7 @@ from fastsae.data.synthetic import Superposition
 from fastsae.dead import DeadLatents
 from fastsae.member import Member
 
-N, D, F, K, STEPS, WINDOW, LR = 32, 12, 96, 6, 300, 20, 3e-3
+N, D, F, K, STEPS, WINDOW, LR = 32, 12, 96, 6, 300, 5, 3e-3
 WARM, DECAY = 10, 50
 NAMES = {"threshold": "activation.theta"}
 
@@ -29,7 +29,8 @@ ARCHITECTURES = {  # theirs, ours
         LossConfig(coefficient=0.1, warm_up=50),
     ),
     "jumprelu": (
-        {"l0_coefficient": 0.01, "l0_warm_up_steps": 50, "jumprelu_bandwidth": 0.2, "pre_act_loss_coefficient": 0.02},
+        {"l0_coefficient": 0.01, "l0_warm_up_steps": 50, "jumprelu_bandwidth": 0.2, "pre_act_loss_coefficient": 0.02,
+         "jumprelu_init_threshold": 0.3},
         SAEConfig(activation="jumprelu", bandwidth=0.2, d_sae=F),
         LossConfig(coefficient=0.01, warm_up=50, dead="pre_act", dead_coefficient=0.02),
     ),

@@ -46,3 +46,12 @@ def test_no_rows(device):
     zero = torch.zeros(1, dtype=torch.int32, device=device)
     error, sse, l1 = kernels.decode_loss(e, e.int(), zero, W, W[0], torch.empty(0, 8, device=device))
     assert error.numel() == sse.numel() == l1.numel() == 0
+
+
+def test_backward_inside_an_autocast_region_is_the_same():
+    given = inputs(40, 1, 33, 30, 90, torch.float32, "cpu")
+    seeds = [torch.rand(40, 1), torch.rand(40)]
+    expected = values_and_gradients(lambda *a: kernels.decode_loss(*a)[1:], given, seeds)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = values_and_gradients(lambda *a: kernels.decode_loss(*a)[1:], given, seeds)
+    assert [torch.equal(a, b) for a, b in zip(got, expected, strict=True)] == [True] * len(got)
