@@ -25,6 +25,8 @@ class Stepper(ABC):
     sae: SAE
     """What computes losses."""
     optimizer: torch.optim.Optimizer
+    says: str
+    """One line: how weights are updated, and why so."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,6 +82,8 @@ class Fused(Stepper):
                 f"{config.sae.dtype}, or another optimizer"
             )
         self.sae, self.split = sae, o.compute_dtype == "bfloat16"
+        kept = "split into bf16 and what that lacks" if self.split else config.sae.dtype
+        self.says = f"fused updates: no gradient of W_enc and W_dec is stored; weights {kept}, moments {o.moments}"
         self.optimizer = self.adam = FusedAdam(
             sae, 0.0, o.betas, o.eps, o.weight_decay, o.max_norm, config.sae.unit_norm,
             master="split" if self.split else "fp32", moments=o.moments, seed=config.seed,
@@ -117,6 +121,7 @@ class Stored(Stepper):
         if o.optimizer not in kinds:
             raise ValueError(unknown(f"optimizer={o.optimizer}", o.optimizer, ["fused_adam", *sorted(kinds)]))
         kind = kinds[o.optimizer]
+        self.says = f"stored gradients: torch.optim.{o.optimizer} needs them, optimizer=fused_adam does not"
         takes = inspect.signature(kind).parameters
         options: dict[str, Any] = {"lr": 0.0, "betas": o.betas, "eps": o.eps, "weight_decay": o.weight_decay}
         self.original, self.max_norm, self.unit_norm = sae, o.max_norm, config.sae.unit_norm

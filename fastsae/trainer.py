@@ -27,6 +27,7 @@ from .data.open import opened
 from .data.source import Batch, NotResumable, Source, as_source, batch_of, fields
 from .formats.safe import FormatError
 from .interrupt import Interrupt, Interrupted, poll
+from .kernels.backend import describe
 from .logs import Log, Progress
 from .member import Member, NonFinite
 from .metrics import Evaluation, evaluate
@@ -130,6 +131,8 @@ class _Training:
                 self._resume(resumed)
             if not self.members:
                 self._begin()
+            if not self.quiet:
+                print(f"{describe(self.device)}; {next(iter(self.members.values())).stepper.says}", file=sys.stderr)
             speed = self._train()
             self._checkpoint()
             evaluations = self._evaluate()

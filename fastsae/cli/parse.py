@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import tyro
 import yaml
@@ -15,14 +15,15 @@ T = TypeVar("T")
 
 def flags(kind: type[T], command: str, arguments: Sequence[str], description: str, default: T | None = None) -> T:
     """Names have no prefixes: --k, not --sae.k. Exits with 2 and the nearest flag's name on a mistake."""
-    return tyro.cli(
+    found: T | None = tyro.cli(
         kind,
         prog=f"fastsae {command}",
         description=description,
         args=list(arguments),
         default=default,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        config=(tyro.conf.OmitArgPrefixes,),
     )
+    return cast(T, found)
 
 
 def train_config(arguments: Sequence[str], description: str) -> TrainConfig:
