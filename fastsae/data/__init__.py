@@ -15,6 +15,7 @@ from .synthetic import Superposition
 from .tokens import Tokens, special_token_ids
 
 __all__ = [
-    "Activations", "Batch", "LanguageModel", "NotResumable", "Plain", "Prefetch", "SAELensCache", "ShardError", "Shards", "Shuffle",
-    "Source", "Superposition", "Tokens", "as_source", "open_dataset", "special_token_ids", "write_shards",
+    "Activations", "Batch", "LanguageModel", "NotResumable", "Plain", "Prefetch", "SAELensCache", "ShardError",
+    "Shards", "Shuffle", "Source", "Superposition", "Tokens", "as_source", "open_dataset", "special_token_ids",
+    "write_shards",
 ]  # fmt: skip
