@@ -98,14 +98,25 @@ def latent_backward(here: Here) -> Answer:
 
 
 def fused_update(here: Here) -> Answer:
+    return _update(here, "fp32", "fp32")
+
+
+def update_formats(here: Here) -> Answer:
+    formats = (("split", "fp32"), ("fp32", "bf16"), ("split", "bf16"))
+    found = {f"{master}/{moments}": _update(here, master, moments) for master, moments in formats}
+    return {f"{name} {unit}": value for name, answer in found.items() for unit, value in answer.items()}
+
+
+def _update(here: Here, master: str, moments: str) -> Answer:
     shape = here.shape("M")  # fp32 parameters, gradient factors and both moments fit any data-centre GPU
     task = Task(Case("step", "TopK"), shape, "fp32", here.device)
     sae = sae_of(task)
-    optimizer = FusedAdam(sae, lr=1e-4)
-    code = sae.encode_sparse(task.inputs(1)[0])
+    optimizer = FusedAdam(sae, lr=1e-4, master=master, moments=moments)  # type: ignore[arg-type]
+    code = sae.encode_sparse(task.inputs(1)[0].to(sae.W_dec.dtype))
     sae.decode(code).square().sum().backward()
     ms = here.ms({"it": optimizer.step})["it"]
-    rate = 24 * 2 * shape.F * shape.D / ms / 1e6
+    # read and written: a weight in 4 bytes, split or not, and two moments
+    rate = 2 * (4 + 2 * (4 if moments == "fp32" else 2)) * 2 * shape.F * shape.D / ms / 1e6
     return {"ms": ms, "GB/s": rate, "% of copy": 100 * rate / here.limits.copy_gbs}
 
 
@@ -120,6 +131,8 @@ def step(name: str) -> Callable[[Here], Answer]:
         for optimizer, provider, precision in (
             ("Adam", Fastsae(), here.precision),
             ("FusedAdam fp32", Fastsae(fused_adam=True), "fp32" if here.tiny else "tf32"),
+            ("FusedAdam split", Fastsae(fused_adam=True), here.precision),
+            ("FusedAdam split, bf16 moments", Fastsae(fused_adam=True, bf16_moments=True), here.precision),
         ):
             task = Task(Case("step", "TopK"), shape, precision, here.device)
             before = torch.get_float32_matmul_precision()

@@ -8,6 +8,7 @@ Comparison = tuple[str, dict[str, Any]]
 COLOURS = {
     "fastsae": "#0b6e4f",
     "fastsae FusedAdam": "#08a045",
+    "fastsae FusedAdam bf16 moments": "#6bbf59",
     "sae-lens": "#d1495b",
     "dictionary-learning": "#edae49",
     "sparsify": "#30638e",
@@ -28,10 +29,11 @@ def draw(comparisons: list[Comparison], docs: Path) -> str:
     written = 0
     for stem, results in comparisons:
         rows = [row for row in results["rows"] if row["status"] == "ok"]
+        swept = [row for row in results["rows"] if row["sweep"] and row["status"] in ("ok", "oom")]
         charts = {
             "speedup": _speedup([row for row in rows if not row["sweep"]], pyplot),
-            "scaling": _scaling([row for row in rows if row["sweep"]], pyplot),
-            "memory": _memory([row for row in rows if row["sweep"] == "F"], pyplot),
+            "scaling": _scaling(swept, pyplot),
+            "memory": _memory([row for row in swept if row["sweep"] == "F"], pyplot),
             "roofline": _roofline([row for row in rows if not row["sweep"]], results["ceilings"], pyplot),
         }
         for name, figure in charts.items():
@@ -80,6 +82,8 @@ def _scaling(rows: list[dict], pyplot):
         _lines(axes, [row for row in rows if row["sweep"] == letter], letter, "median")
         axes.set_xlabel(letter)
         axes.set_ylabel("ms a training step")
+        if any(row["sweep"] == letter and row["status"] == "oom" for row in rows):
+            axes.set_title(ENDS, fontsize=7)
     all_axes[0][0].legend(fontsize=7)
     return figure
 
@@ -92,14 +96,23 @@ def _memory(rows: list[dict], pyplot):
     axes.set_xlabel("F, latents")
     axes.set_ylabel("peak MB of a training step")
     axes.legend(fontsize=7)
+    if limit := rows[0].get("memory_gb"):
+        axes.axhline(limit * 1e3, color="black", linewidth=1, linestyle=":")
+        axes.set_title(f"{ENDS} of {limit:g} GB", fontsize=7)
     return figure
+
+
+ENDS = "× is the last width that fits: the next one runs out of memory"
 
 
 def _lines(axes, rows: list[dict], letter: str, value: str) -> None:
     for name, colour in COLOURS.items():
-        points = sorted((row[letter], row[value]) for row in rows if row["provider"] == name)
+        mine = [row for row in rows if row["provider"] == name]
+        points = sorted((row[letter], row[value]) for row in mine if row["status"] == "ok")
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, color=colour)
+            if any(row["status"] == "oom" for row in mine):
+                axes.plot(*points[-1], marker="x", markersize=9, color=colour)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.grid(alpha=0.3)

@@ -60,9 +60,10 @@ if [ -n "$dry" ]; then
 else
   tests=(tests/kernels)
   questions=()
-  peers=(--shapes S M F --cases step encode/TopK forward/TopK/N=1 decode --seconds 2
+  peers=(--shapes S M F --cases step encode/TopK forward/TopK/N=1 decode shards save load --seconds 2
     # all but torch.compile, which compiles longer than this part lasts
-    --only fastsae "fastsae FusedAdam" "fastsae tile maxima" sae-lens dictionary-learning sparsify "dense torch" "encoder GEMM")
+    --only fastsae "fastsae FusedAdam" "fastsae FusedAdam bf16 moments" "fastsae tile maxima" sae-lens dictionary-learning
+    sparsify "dense torch" "encoder GEMM" "safetensors alone")
 fi
 workers=()
 "$python" -c 'import xdist' 2> /dev/null && [ -z "$dry" ] && workers=(-n 8)
@@ -86,5 +87,5 @@ fi
 echo
 cat "$status"
 "$python" -m bench.questions --show "$out/gpu-questions.json" 2>> "$log"
-grep -E '^(case |step/|encode/|forward/|decode/)' "$log" | cut -c1-120 | tail -40
+grep -E '^(case |step/|encode/|forward/|decode/|shards |save |load )' "$log" | cut -c1-120 | tail -40
 exit 0

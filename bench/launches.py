@@ -6,6 +6,7 @@ alignments; nothing about a kernel is written here a second time.
 """
 
 import importlib
+import json
 import pkgutil
 import re
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from fastsae import kernels
 from fastsae.kernels import backend, by_latent, threshold, tiles, update
 from fastsae.kernels.deferred import Factors
+from fastsae.kernels.entry_dots import entry_dots_op
 from fastsae.kernels.scores import CHUNK
 
 TARGETS = {
@@ -60,7 +62,8 @@ class Launch:
         set_flags = [str(v) if type(v) is str else k for k, v in self.flags().items() if v is True or type(v) is str]
         odd = any(not self.attributes.get((i,)) for i, t in enumerate(types) if t[0] == "*")
         d_major = self.signature.get("stride_wd") == "i32"
-        return " ".join([dtype[0], *set_flags, *["d-major"] * d_major, *["odd"] * odd])
+        halves = [f"{name}:i16" for name, t in self.signature.items() if t == "*i16"]  # bf16 as bits
+        return " ".join([dtype[0], *set_flags, *["d-major"] * d_major, *["odd"] * odd, *halves])
 
 
 class Recorder:
@@ -89,7 +92,8 @@ class Recorder:
         return row
 
     def note(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        options = {name: compile[name] for name in ("num_warps", "num_stages")}
+        given = json.loads(compile["specialization_data"])["options"]
+        options = {name: given[name] for name in ("num_warps", "num_stages", "maxnreg") if given.get(name) is not None}
         (attributes,) = compile["configs"]
         launch = Launch(fn.module, fn.name, self.target, compile["signature"], compile["constants"], attributes, options)
         self.launches.setdefault(repr(launch), launch)
@@ -182,8 +186,11 @@ def run_launchers() -> None:
         _latent(data, 2048 - data.odd)
     _latent(bf16, 2048, every_flag=True)
     for D in latent:
-        _update(fp32, D, every_flag=D == 2048)
-        _update(Data(torch.float32, odd=True), D - 1)
+        for moments in (fp32, bf16):
+            for data in (fp32, bf16):
+                _update(data, D, moments, every_flag=D == 2048)
+        _update(Data(torch.float32, odd=True), D - 1, Data(torch.float32, odd=True))
+        _update(Data(torch.bfloat16, odd=True), D - 1, Data(torch.bfloat16, odd=True))
 
 
 @contextmanager
@@ -226,7 +233,7 @@ def _decode(data: Data, D: int, every_flag: bool = False) -> None:
     N, bias = offsets.shape[0] - 1, data(D)
     kernels.decode(*code, bias)
     kernels.decode_loss(*code, bias, data(N // 3, D), data(W.shape[0]))  # three levels, and weights
-    by_latent.entry_dots_op(data(N, D), data(N), latents, offsets, W)  # a frozen decoder's gradient
+    entry_dots_op(data(N, D), data(N), latents, offsets, W)  # a frozen decoder's gradient
     if every_flag:
         kernels.decode(*code)
         kernels.decode_loss(*code, bias, data(N, D))
@@ -247,13 +254,15 @@ def _latent(data: Data, D: int, every_flag: bool = False) -> None:
             kernels.latent_backward(*order, latents, offsets, **encoder)
 
 
-def _update(data: Data, D: int, every_flag: bool = False) -> None:
+def _update(data: Data, D: int, moments: Data, every_flag: bool = False) -> None:
     for per_row in (2, 32):
         values, latents, offsets, W = _code(data, D, per_row)
         rows = by_latent.bag_of_entries(offsets, latents.shape[0])
         factors = Factors(data(offsets.shape[0] - 1, D), rows, values, latents)
-        order, moments, scalars = kernels.sort_by_latent(latents, W.shape[0]), data(2, *W.shape), torch.ones(5)
-        full = {"stored": data(*W.shape), "dnorm": data(W.shape[0]), "unit_norm": True}
+        order, scalars = kernels.sort_by_latent(latents, W.shape[0]), torch.ones(5)
+        low = None if data.dtype == torch.float32 else data(*W.shape).view(torch.int16)
+        full = {"stored": data(*W.shape), "dnorm": torch.ones(W.shape[0]), "unit_norm": True}
+        m, v = moments(*W.shape), moments(*W.shape)
         for extra in (full, {}) if every_flag else (full,):
-            update.gradient_squares(factors, order, W, **extra)
-            update.update_rows(factors, order, W, *moments, scalars, 1e-3, (0.9, 0.999), 1e-8, **extra)
+            update.gradient_squares(factors, order, W, **extra, low=low)
+            update.update_rows(factors, order, W, m, v, scalars, 1e-3, (0.9, 0.999), 1e-8, **extra, low=low, seed=1)

@@ -4,10 +4,13 @@ Providers are timed in interleaved rounds, every second one backwards, so that a
 alike; inputs rotate through more bytes than the last cache holds. What is reported is the median with its quartiles.
 """
 
+import gc
 import os
+import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -149,6 +152,23 @@ def peak_memory(
         if event.start_ns() >= at["second call"][0]:
             peak = max(peak, before, alive)
     return made, max(peak, alive) - inputs
+
+
+@contextmanager
+def memory_limit(gigabytes: float | None) -> Generator[None]:
+    """Within it this process can allocate so much more host memory; beyond, allocation fails as on a machine without it."""
+    if gigabytes is None:
+        yield
+        return
+    gc.collect()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    used = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData"))
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (used + int(gigabytes * 1e9), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def free_memory(device: torch.device) -> int:

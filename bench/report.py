@@ -32,6 +32,8 @@ def load(folder: Path) -> tuple[list[tuple[str, Results]], list[Results]]:
             answers.append(found)
         elif "rows" in found:
             found["rows"] = [row for row in found["rows"] if row["shape"] != "smoke"]
+            found["pipeline"] = [row for row in found.get("pipeline", []) if not row["tiny"]]
+            found.setdefault("hosts", [])
             if found["rows"]:
                 comparisons.append((path.stem, found))
     return comparisons, answers
@@ -49,7 +51,7 @@ def groups(rows: Iterable[Row]) -> list[list[Row]]:
     """Rows of one case at one shape, side by side."""
     found: dict[tuple, list[Row]] = {}
     for row in rows:
-        found.setdefault((row["case"], row["shape"], row["precision"], row["sweep"]), []).append(row)
+        found.setdefault(tuple(row.get(name) for name in ("case", "shape", "precision", "sweep")), []).append(row)
     return list(found.values())
 
 
@@ -106,7 +108,7 @@ def behind(rows: list[Row]) -> str:
         for row in group:
             times = ratio(row, group)
             if times is not None and times < 1 and not row["ceiling"] and not ours(row):
-                where = f"{row['case']} at {row['shape']}, {row['precision']}"
+                where = f"{row['case']} at {row['shape']}, {row['precision']}" if "shape" in row else row["case"]
                 found.append(f"- {where}: {row['provider']} takes {times:.2f} of its time{because(row)}")
     return "\n".join(found) if found else "Nowhere."
 
@@ -115,6 +117,8 @@ def behind(rows: list[Row]) -> str:
 REASONS = {
     ("step/", "sparsify"): "its default optimizer, sign SGD, has no second moment to read and write",
     ("forward/TopK/N=1", "sparsify"): "one row's work does not hide the fixed costs of a call, input checks among them",
+    ("save", ""): "W_enc lies latent by latent in memory and [D, F] in the file, so saving transposes it",
+    ("load", "sae-lens"): "its weights stay in the mapped file; fastsae copies them, transposes W_enc and checks every value",
 }
 
 
@@ -178,13 +182,58 @@ def benchmarks(comparisons: list[tuple[str, Results]], charts: list[str]) -> str
             parts.append(pictures + "\n")
         if named:
             parts.append(f"### How many times as long as fastsae\n\n{overview(named)}\n")
-            parts.append(f"### Where fastsae is behind\n\n{behind(named)}\n")
+        if results["pipeline"]:
+            parts.append(f"### Around training\n\n{PIPELINE}\n\n{pipeline(results['pipeline'])}\n")
+        if results["hosts"]:
+            parts.append(f"### The same libraries after `fastsae.patch`\n\n{HOSTS}\n\n{hosts(results['hosts'])}\n")
+        if named:
+            parts.append(f"### Where fastsae is behind\n\n{behind([*named, *results['pipeline']])}\n")
         if swept:
             parts.append(f"### Scaling of a TopK training step\n\n{scaling(swept)}\n")
         parts.append("### In full\n\n" + "\n\n".join(details(group) for group in groups(named)) + "\n")
         if skipped := absent(results["rows"]):
             parts.append(f"Skipped:\n\n{skipped}\n")
     return "\n".join(parts)
+
+
+PIPELINE = """What comes out is compared with what has to, and then timed in interleaved rounds. Files are in the page cache.
+In italics: a bound, not a library."""
+
+
+def pipeline(rows: list[Row]) -> str:
+    """A table per work."""
+    parts = []
+    for group in groups(rows):
+        lines = []
+        for row in group:
+            if row["status"] != "ok":
+                lines.append([row["provider"], f"{row['status']}: {row['reason']}", "", "", ""])
+                continue
+            name = f"*{row['provider']}*" if row["ceiling"] else row["provider"]
+            times = ratio(row, group)
+            rates = [number(row["units_per_s"]) if row["unit"] != "bytes" else "", number(row["gbs"])]
+            lines.append([name, *rates, f"{times:.2f}" if times else "", row["note"]])
+        unit = f"{group[0]['unit']}/s" if group[0]["unit"] != "bytes" else ""
+        head = ["provider", unit, "GB/s", "times fastsae's time", ""]
+        parts.append(f"#### {group[0]['case']}: {group[0]['what']}\n\n{markdown(head, lines)}")
+    return "\n\n".join(parts)
+
+
+HOSTS = """A library's own code with `fastsae.patch` and without, in interleaved rounds. MB are what a call allocates above
+parameters, gradients and optimizer state."""
+
+
+def hosts(rows: list[Row]) -> str:
+    lines = []
+    for row in rows:
+        start = [row["host"], row["what"]]
+        if row["status"] != "ok":
+            lines.append([*start, f"{row['status']}: {row['reason']}", "", "", "", ""])
+            continue
+        times = f"{row['times']:.2f} ({row['times_low']:.2f} to {row['times_high']:.2f})"
+        ms, mb = ([number(row[f"{which}_{unit}"]) for which in ("stock", "patched")] for unit in ("ms", "mb"))
+        lines.append([*start, *ms, times, *mb])
+    return markdown(["library", "", "ms", "patched", "times as fast (quartiles)", "MB", "patched"], lines)
 
 
 def scaling(rows: list[Row]) -> str:
@@ -199,9 +248,10 @@ def scaling(rows: list[Row]) -> str:
             cells = [_time_and_memory(by_provider.get(name)) for name in providers]
             lines.append([f"{group[0][letter]:,}", *cells])
         fixed = ", ".join(f"{name} {rows_value:,}" for name, rows_value in _fixed(swept, letter).items())
-        parts.append(
-            f"{letter} at {fixed}, {swept[0]['precision']}: ms and (peak MB)\n\n{markdown([letter, *providers], lines)}"
-        )
+        said = f"{letter} at {fixed}, {swept[0]['precision']}: ms and (peak MB)"
+        if limit := swept[0].get("memory_gb"):
+            said += f"; each library may allocate {limit:g} GB, and *oom* is where that was too little"
+        parts.append(f"{said}\n\n{markdown([letter, *providers], lines)}")
     return "\n\n".join(parts)
 
 

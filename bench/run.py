@@ -15,7 +15,18 @@ import torch
 from . import table
 from .cases import Entry
 from .check import Wrong, check
-from .measure import PRECISIONS, Ceilings, Timing, cache_bytes, ceilings, free_memory, interleave, milliseconds, peak_memory
+from .measure import (
+    PRECISIONS,
+    Ceilings,
+    Timing,
+    cache_bytes,
+    ceilings,
+    free_memory,
+    interleave,
+    memory_limit,
+    milliseconds,
+    peak_memory,
+)
 from .providers import Job, Provider, Task, Unsupported
 from .table import Row
 
@@ -30,6 +41,11 @@ class Results:
     path: Path
     ceilings: Ceilings | None = None
     rows: list[Row] = field(default_factory=list)
+    """the cases of cases.py"""
+    pipeline: list[Row] = field(default_factory=list)
+    """the works of pipeline/"""
+    hosts: list[Row] = field(default_factory=list)
+    """the libraries with fastsae.patch and without, of hosts.py"""
     complete: bool = False
 
     def save(self) -> None:
@@ -39,6 +55,8 @@ class Results:
             "ceilings": self.ceilings and asdict(self.ceilings),
             "complete": self.complete,
             "rows": self.rows,
+            "pipeline": self.pipeline,
+            "hosts": self.hosts,
         }
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         temporary.write_text(json.dumps(body, indent=1) + "\n")
@@ -54,17 +72,22 @@ def run(
     rates = ", ".join(f"{rate:.3g} TFLOP/s {name}" for name, rate in results.ceilings.gemm_tflops.items())
     print(f"this machine: copies {results.ceilings.copy_gbs:.3g} GB/s, multiplies {rates}\n{table.HEADER}", flush=True)
     results.save()
-    checked: dict[tuple, str | None] = {}
+    checked: dict[tuple, tuple[str, str]] = {}
+    narrower: dict[str, Row] = {}  # rows of the sweep over F that ran out of memory: what does not fit is not tried wider
     for entry in plan:
-        rows = measure(entry, providers, device, results.ceilings, seconds, checked)
+        failed = narrower if entry.sweep == "F" else {}
+        tried = [provider for provider in providers if provider.name not in failed]
+        rows = measure(entry, tried, device, results.ceilings, seconds, checked)
+        for name, row in failed.items():
+            rows.append(table.without_time(entry, name, "oom", f"not tried: out of memory at {row['shape']}"))
+        if entry.sweep == "F":
+            narrower |= {row["provider"]: row for row in rows if row["status"] == "oom" and row["provider"] not in narrower}
         results.rows += rows
         results.save()
         for row in rows:
             # a provider that is not there is said once
             if row["status"] != "skipped" or entry is plan[0]:
                 print(table.line(row), flush=True)
-    results.complete = True
-    results.save()
 
 
 def measure(
@@ -81,9 +104,11 @@ def measure(
                 ready.append(provider)
             else:
                 rows[provider.name] = table.without_time(entry, provider.name, status, reason)
-        for name, outcome in _timed(task, ready, seconds).items():
+        for name, outcome in _timed(task, ready, seconds, entry.memory_gb).items():
             if isinstance(outcome, Exception):
-                rows[name] = table.without_time(entry, name, *_failure(outcome))
+                status, reason = failure(outcome)
+                limited = f"more than {entry.memory_gb:g} GB: " if status == "oom" and entry.memory_gb else ""
+                rows[name] = table.without_time(entry, name, status, limited + reason)
             else:
                 timing, peak, note = outcome
                 ceiling = next(p.ceiling for p in ready if p.name == name)
@@ -105,11 +130,13 @@ def _verdict(provider: Provider, task: Task, checked: dict) -> tuple[str, str]:
         except Wrong as error:
             checked[key] = "wrong", str(error)
         except Exception as error:
-            checked[key] = _failure(error)
+            checked[key] = failure(error)
     return checked[key]
 
 
-def _timed(task: Task, providers: Sequence[Provider], seconds: float) -> dict[str, Exception | tuple[Timing, int, str]]:
+def _timed(
+    task: Task, providers: Sequence[Provider], seconds: float, memory_gb: float | None
+) -> dict[str, Exception | tuple[Timing, int, str]]:
     """By provider: (timing, peak bytes, note), or what it failed with."""
     inputs = task.inputs(_how_many(task))
     outcomes: dict[str, Any] = {}
@@ -118,12 +145,10 @@ def _timed(task: Task, providers: Sequence[Provider], seconds: float) -> dict[st
     peaks: dict[str, int] = {}
     notes: dict[str, str] = {}
     warm: dict[str, float] = {}
+    samples: dict[str, list[float] | Exception] = {}
     limit = SHARE * free_memory(task.device)
 
     def build(provider: Provider) -> None:
-        def make() -> Job:
-            return provider.job(task)
-
         prepared: list = []
 
         def prepare(job: Job) -> None:
@@ -132,10 +157,18 @@ def _timed(task: Task, providers: Sequence[Provider], seconds: float) -> dict[st
         def call(job: Job) -> None:
             warm[provider.name] = milliseconds(lambda: job.call(prepared[0]), task.device)
 
-        with grad(task):
-            jobs[provider.name], peaks[provider.name] = peak_memory(make, call, task.device, prepare)
-        given[provider.name] = prepared
-        notes[provider.name] = jobs[provider.name].note
+        with grad(task), memory_limit(memory_gb if task.device.type == "cpu" else None):
+            if provider.name in peaks:
+                job = provider.job(task)
+                prepare(job)
+            else:
+                job, peaks[provider.name] = peak_memory(lambda: provider.job(task), call, task.device, prepare)
+        jobs[provider.name], given[provider.name], notes[provider.name] = job, prepared, job.note
+
+    def alone(provider: Provider, seconds: float) -> None:
+        taken = _rounds(task, jobs, given, seconds, warm)[provider.name]
+        so_far = samples.get(provider.name, [])
+        samples[provider.name] = taken if isinstance(taken, Exception) or isinstance(so_far, Exception) else so_far + taken
 
     def release() -> None:
         jobs.clear()
@@ -150,22 +183,26 @@ def _timed(task: Task, providers: Sequence[Provider], seconds: float) -> dict[st
                 together = False
                 release()
             build(provider)
+            if not together and task.brief:
+                alone(provider, seconds)
         except Exception as error:
             outcomes[provider.name] = error.with_traceback(None)
             jobs.pop(provider.name, None)
         if not together:
             release()
-    samples: dict[str, list[float] | Exception] = {}
     if together:
         samples = _rounds(task, jobs, given, seconds, warm)
     else:
-        # too large to stand side by side: each alone, there and back again, so that a steady drift still cancels
-        alone = [provider for provider in providers if provider.name in peaks]
-        for provider in [*alone, *reversed(alone)]:
-            build(provider)
-            taken = _rounds(task, jobs, given, seconds / 2, {})[provider.name]
-            so_far = samples.get(provider.name, [])
-            samples[provider.name] = taken if isinstance(taken, Exception) or isinstance(so_far, Exception) else so_far + taken
+        # too large to stand side by side: each alone, there and back again, so that a steady drift still cancels; in a sweep
+        # once, where building them again would take longer than measuring
+        built = [provider for provider in providers if provider.name in peaks]
+        left = [provider for provider in built if provider.name not in samples]
+        for provider in left if task.brief else [*built, *reversed(built)]:
+            try:
+                build(provider)
+                alone(provider, seconds if task.brief else seconds / 2)
+            except Exception as error:
+                samples[provider.name] = error.with_traceback(None)
             release()
     for name, taken in samples.items():
         outcomes[name] = taken if isinstance(taken, Exception) else (Timing.of(taken), peaks[name], notes[name])
@@ -189,7 +226,7 @@ def _how_many(task: Task) -> int:
     return max(1, min(128, 2 + cache_bytes(task.device) // size, (1 << 30) // size))
 
 
-def _failure(error: Exception) -> tuple[str, str]:
+def failure(error: Exception) -> tuple[str, str]:
     if isinstance(error, Unsupported):
         return "skipped", str(error)
     out_of_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)

@@ -15,6 +15,7 @@ def identity(entry: Entry, provider: str) -> Row:
     return {
         "case": entry.case.name, "shape": shape.name, "precision": entry.precision, "sweep": entry.sweep,
         "N": shape.N, "D": shape.D, "F": shape.F, "k": shape.k, "provider": provider,
+        "memory_gb": entry.memory_gb,
     }  # fmt: skip
 
 

@@ -10,11 +10,12 @@ if __name__ == "kernels":
 else:
     from .backend import describe
     from .batch_topk import select_batch_topk, select_batch_topk_reference
-    from .by_latent import latent_backward, latent_backward_reference, sort_by_latent
+    from .by_latent import sort_by_latent
     from .decode import decode, decode_reference
     from .dense_encode import dense_encode, dense_encode_reference
     from .encode import encode, encode_reference
     from .gather import gather_latents, gather_latents_reference
+    from .latent_backward import latent_backward, latent_backward_reference
     from .loss import decode_loss, decode_loss_reference
     from .threshold import select_threshold, select_threshold_reference
     from .topk import select_topk, select_topk_reference

@@ -5,14 +5,15 @@ N rows, E entries, F latents, D output width:
     values [E]    latents [E] int32    offsets [N+1] int32    W_dec [F, D]    b_dec [D]    y [N, D]
 
 A dense matmul reads all F rows of W_dec per block of rows; this reads E. Rows are ragged: row n owns the entries
-offsets[n] : offsets[n+1]. Backward is by_latent.py's decoder half, without an [N, F] tensor and without atomics.
+offsets[n] : offsets[n+1]. Backward is latent_backward.py's decoder half, without an [N, F] tensor and without atomics.
 """
 
 from torch import Tensor
 
 from . import check
 from .backend import op, runs_triton, tl, triton
-from .by_latent import bag_of_entries, decoder_backward, segment_rows
+from .by_latent import bag_of_entries, segment_rows
+from .latent_backward import decoder_backward
 from .tiles import tile
 
 

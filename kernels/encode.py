@@ -5,7 +5,7 @@
 Which entries there are is decided by a selection (topk.py, batch_topk.py, threshold.py), which already knows their
 pre-activations and has no gradient. This op puts them on the tape, once for every selection there is or will be:
 
-    dW_enc[:, f] = Σ over e with f(e) = f of g[e] · x[n(e)]      db_enc[f] = Σ g[e]      by_latent.py
+    dW_enc[:, f] = Σ over e with f(e) = f of g[e] · x[n(e)]      db_enc[f] = Σ g[e]      latent_backward.py
     dx[n]        = Σ over e of row n of g[e] · W_enc[:, f(e)]                            a decode
 """
 
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from . import check
 from .backend import op
-from .by_latent import bag_of_entries, latent_backward, segment_sums, sort_by_latent
+from .by_latent import bag_of_entries, segment_sums, sort_by_latent
 from .decode import decode_forward
 from .deferred import Factors, deferred
+from .latent_backward import latent_backward
 
 
 def encode_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, latents: Tensor, offsets: Tensor) -> Tensor:

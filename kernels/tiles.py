@@ -15,6 +15,7 @@ class Tile:
     constants: dict[str, int]
     warps: int
     stages: int = 3
+    registers: int | None = None  # a thread's at most; see `limits`
     width: int = 1 << 30
     why: str = "untuned"
 
@@ -76,6 +77,17 @@ TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
             Tile({"BLOCK_D": 8192}, warps=16, width=8192),
         )
     },
+    # the same with the matrix or its moments in 16 bits: at 16 elements a thread, unaligned rows of 8192 spilled 88 bytes on
+    # sm_80; at 8, and with nothing said about registers, rows of any width spilled 8 for one or the other target
+    "update_16": {
+        "any": (
+            Tile({"BLOCK_D": 256}, warps=1, registers=128, width=256),
+            Tile({"BLOCK_D": 1024}, warps=4, registers=128, width=1024),
+            Tile({"BLOCK_D": 2048}, warps=8, registers=128, width=2048),
+            Tile({"BLOCK_D": 4096}, warps=16, registers=128, width=4096),
+            Tile({"BLOCK_D": 8192}, warps=32, registers=64, width=8192),
+        )
+    },
 }
 
 
@@ -100,3 +112,9 @@ def tile(kernel: str, device: torch.device, width: int = 0) -> Tile:
     by_architecture = TILES[kernel]
     rows = by_architecture.get(architecture(device), by_architecture["any"])
     return next((row for row in rows if width <= row.width), rows[-1])
+
+
+def limits(chosen: Tile, device: torch.device) -> dict[str, int]:
+    """Launch options: how many registers NVIDIA's compiler may use, so that it does not spill to use fewer."""
+    nvidia = architecture(device).startswith("sm_")
+    return {"maxnreg": chosen.registers} if nvidia and chosen.registers is not None else {}

@@ -14,8 +14,12 @@ touched have dW = 0 and move exactly as dense Adam moves them. A row whose gradi
 have unit norm, stays as it was and is counted; `scalars` holds what the whole step depends on, on the device, so that
 nothing is read: the bias corrections, the clipping factor, and whether to step at all.
 
+W may be the bf16 half of a split number, with the other half in `low`, and m and v may be bf16, rounded at random (halves.py):
+16 bytes per parameter then. All arithmetic is fp32. Another format of the moments is another branch where they are loaded and
+where they are stored.
+
 Segments longer than SPLIT are summed in parts first, in a fixed order: the same bits every run. A CPU goes through slices
-of SLICE latents, so that one slice's gradient is all there ever is.
+of SLICE parameters, so that one slice's gradient is all there ever is.
 """
 
 from typing import Any, NamedTuple
@@ -25,12 +29,15 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from . import by_latent
-from .backend import device_of, runs_triton, tl, triton
-from .by_latent import WIDEST, segment_rows
+from .backend import accumulator, device_of, runs_triton, tl, triton
+from .by_latent import segment_rows
 from .deferred import Factors, norm_slope
-from .tiles import tile
+from .halves import as_fp32, bits, high_half, join_halves, joined, low_half, round_randomly, rounded_randomly, split
+from .noise import random_bits, random_bits_of_row
+from .tiles import TILES, limits, tile
 
-SLICE = 4096  # latents per slice on a CPU: a gradient of 12 MB at D 768
+WIDEST = TILES["update"]["any"][-1].width  # rows up to here stay whole in registers
+SLICE = 1 << 20  # parameters per slice on a CPU: 4 MB for the gradient and for each fp32 copy beside it; 2^19 is no faster
 
 
 def gradient_reference(
@@ -63,23 +70,23 @@ def _parts_kernel(
     for i in range(low, high):
         e = tl.load(order + i)
         r = tl.load(rows + e).to(tl.int64)
-        row = tl.load(table + r * stride_t + d, mask=d < D, other=0.0).to(tl.float32)
-        acc += tl.load(coefficients + e).to(tl.float32) * row
+        row = as_fp32(tl.load(table + r * stride_t + d, mask=d < D, other=0))
+        acc += as_fp32(tl.load(coefficients + e)) * row
     tl.store(partial + slot * D + d, acc, mask=d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _update_kernel(
-    order, starts, slot_of, parts, partial, rows, table, coefficients, stored, dnorm, W, m, v, scalars, skipped, squares,
-    D, stride_t, lr, beta1, beta2, eps, weight_decay,
-    HAS_STORED: tl.constexpr, HAS_DNORM: tl.constexpr, UNIT_NORM: tl.constexpr, NORM_ONLY: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
+    order, starts, slot_of, parts, partial, rows, table, coefficients, stored, dnorm, W, low_bits, m, v, scalars,
+    skipped, squares, D, stride_t, seed, lr, beta1, beta2, eps, weight_decay,
+    HAS_STORED: tl.constexpr, HAS_DNORM: tl.constexpr, HAS_LOW: tl.constexpr, UNIT_NORM: tl.constexpr,
+    NORM_ONLY: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     f = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     inside = d < D
     if HAS_STORED:
-        grad = tl.load(stored + f * D + d, mask=inside, other=0.0)
+        grad = as_fp32(tl.load(stored + f * D + d, mask=inside, other=0))
     else:
         grad = tl.zeros([BLOCK_D], dtype=tl.float32)
     low, high = tl.load(starts + f), tl.load(starts + f + 1)
@@ -92,9 +99,11 @@ def _update_kernel(
     for i in range(low, high):
         e = tl.load(order + i)
         r = tl.load(rows + e).to(tl.int64)
-        row = tl.load(table + r * stride_t + d, mask=inside, other=0.0).to(tl.float32)
-        grad += tl.load(coefficients + e).to(tl.float32) * row
-    w = tl.load(W + f * D + d, mask=inside, other=0.0)
+        row = as_fp32(tl.load(table + r * stride_t + d, mask=inside, other=0))
+        grad += as_fp32(tl.load(coefficients + e)) * row
+    w = tl.load(W + f * D + d, mask=inside, other=0)
+    if HAS_LOW:
+        w = join_halves(w, tl.load(low_bits + f * D + d, mask=inside, other=0))
     if HAS_DNORM:
         square = tl.sum(w * w)
         grad += tl.where(square > 0.0, tl.load(dnorm + f) / tl.sqrt(square), 0.0) * w
@@ -107,22 +116,32 @@ def _update_kernel(
     else:
         if UNIT_NORM:
             grad -= tl.sum(grad * w) / tl.sum(w * w) * w
-        correction1, correction2_root = tl.load(scalars), tl.load(scalars + 1)
+        correction1, correction2_root, step = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 4)
         grad *= tl.load(scalars + 2)
         bad = tl.where(tl.sum(grad * 0.0) == 0.0, 0, 1)  # inf · 0 and NaN · 0 are NaN
         tl.store(skipped + f, bad)
         write = inside & (bad < tl.load(scalars + 3).to(tl.int32))
         grad += weight_decay * w
-        m_new = tl.load(m + f * D + d, mask=inside, other=0.0)
-        v_new = tl.load(v + f * D + d, mask=inside, other=0.0)
+        m_new = as_fp32(tl.load(m + f * D + d, mask=inside, other=0))
+        v_new = as_fp32(tl.load(v + f * D + d, mask=inside, other=0))
         m_new += (1 - beta1) * (grad - m_new)
         v_new = beta2 * v_new + (1 - beta2) * grad * grad
         w -= lr / correction1 * m_new / (tl.sqrt(v_new) / correction2_root + eps)
+        if m.dtype.element_ty == tl.int16:
+            noise = random_bits_of_row(seed, step, f, d)
+            tl.store(m + f * D + d, rounded_randomly(m_new, (noise >> 16) & 0xFFFF), mask=write)
+            tl.store(v + f * D + d, rounded_randomly(v_new, noise & 0xFFFF), mask=write)
+        else:
+            tl.store(m + f * D + d, m_new, mask=write)
+            tl.store(v + f * D + d, v_new, mask=write)
         if UNIT_NORM:
             w /= tl.sqrt(tl.sum(tl.where(inside, w * w, 0.0)))
-        tl.store(W + f * D + d, w, mask=write)
-        tl.store(m + f * D + d, m_new, mask=write)
-        tl.store(v + f * D + d, v_new, mask=write)
+        if HAS_LOW:
+            top = high_half(w)
+            tl.store(low_bits + f * D + d, low_half(w, top), mask=write)
+            tl.store(W + f * D + d, top, mask=write)
+        else:
+            tl.store(W + f * D + d, w, mask=write)
 
 
 class _Parts(NamedTuple):
@@ -146,7 +165,7 @@ def _sum_parts(factors: Factors, order: Tensor, starts: Tensor, D: int, BLOCK_D:
     latent_of_slot = torch.full((slots + 1,), -1, dtype=torch.int32, device=starts.device).scatter_(0, slot, latent_of)
     partial = torch.empty(slots, D, dtype=torch.float32, device=starts.device)
     _parts_kernel[(slots,)](
-        order, starts, slot_of, parts, latent_of_slot, factors.rows, factors.table, factors.coefficients, partial,
+        order, starts, slot_of, parts, latent_of_slot, factors.rows, bits(factors.table), bits(factors.coefficients), partial,
         D, factors.table.stride(0), SPLIT=SPLIT, BLOCK_D=BLOCK_D, num_warps=warps,
     )  # fmt: skip
     return _Parts(slot_of, parts, partial)
@@ -154,33 +173,39 @@ def _sum_parts(factors: Factors, order: Tensor, starts: Tensor, D: int, BLOCK_D:
 
 def _triton_path(
     factors: Factors, order: Tensor, starts: Tensor, stored: Tensor | None, dnorm: Tensor | None,
-    W: Tensor, m: Tensor | None, v: Tensor | None, scalars: Tensor | None,
+    W: Tensor, low: Tensor | None, m: Tensor | None, v: Tensor | None, scalars: Tensor | None, seed: int,
     lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, unit_norm: bool, norm_only: bool,
 ) -> Tensor:  # fmt: skip
     F, D = W.shape
-    chosen = tile("update", W.device, D)
+    sixteen = low is not None or (m is not None and m.dtype == torch.bfloat16)
+    chosen = tile("update_16" if sixteen else "update", W.device, D)
     BLOCK_D = triton.next_power_of_2(D)
     long = _sum_parts(factors, order, starts, D, BLOCK_D, chosen.warps)
     result = torch.empty(F, dtype=torch.float32 if norm_only else torch.int32, device=W.device)
     _update_kernel[(F,)](
-        order, starts, *long, factors.rows, factors.table, factors.coefficients, stored, dnorm, W, m, v, scalars,
-        None if norm_only else result, result if norm_only else None, D, factors.table.stride(0),
+        order, starts, *long, factors.rows, bits(factors.table), bits(factors.coefficients), bits(stored), dnorm,
+        bits(W), low, bits(m), bits(v), scalars,
+        None if norm_only else result, result if norm_only else None, D, factors.table.stride(0), seed,
         lr, beta1, beta2, eps, weight_decay,
-        HAS_STORED=stored is not None, HAS_DNORM=dnorm is not None, UNIT_NORM=unit_norm, NORM_ONLY=norm_only,
-        SPLITS=long.partial is not None, BLOCK_D=BLOCK_D, num_warps=chosen.warps,
+        HAS_STORED=stored is not None, HAS_DNORM=dnorm is not None, HAS_LOW=low is not None,
+        UNIT_NORM=unit_norm, NORM_ONLY=norm_only, SPLITS=long.partial is not None, BLOCK_D=BLOCK_D,
+        num_warps=chosen.warps, **limits(chosen, W.device),
     )  # fmt: skip
     return result
 
 
-def _slices(factors, order, starts, stored, dnorm, W, unit_norm):
-    """(slice of latents, its gradient) for one slice after the other."""
-    rows, coefficients = factors.rows[order], factors.coefficients[order]
-    for f in range(0, W.shape[0], SLICE):
-        part = slice(f, f + SLICE)
-        bounds = starts[f : f + SLICE + 1]
-        low, high = int(bounds[0]), int(bounds[-1])
-        grad = segment_rows(factors.table, rows[low:high], coefficients[low:high], bounds - low)
-        w = W[part]
+def _slices(factors, order, starts, stored, dnorm, W, low, unit_norm):
+    """(slice of latents, its weights, its gradient) for one slice after the other; weights are W's own memory, if not split."""
+    F, D = W.shape
+    wide = accumulator(W.dtype)
+    table, coefficients, rows = factors.table.to(wide), factors.coefficients[order].to(wide), factors.rows[order]
+    latents = max(1, SLICE // D)
+    for f in range(0, F, latents):
+        part = slice(f, f + latents)
+        bounds = starts[f : f + latents + 1]
+        begin, end = int(bounds[0]), int(bounds[-1])
+        grad = segment_rows(table, rows[begin:end], coefficients[begin:end], bounds - begin)
+        w = W[part] if low is None else joined(W[part], low[part])
         if stored is not None:
             grad += stored[part]
         if dnorm is not None:
@@ -188,78 +213,88 @@ def _slices(factors, order, starts, stored, dnorm, W, unit_norm):
         if unit_norm:
             square = torch.linalg.vecdot(w, w)
             grad -= norm_slope(torch.linalg.vecdot(grad, w), square)[:, None] * w
-        yield part, grad
+        yield part, w, grad
 
 
 def _torch_path(
     factors: Factors, order: Tensor, starts: Tensor, stored: Tensor | None, dnorm: Tensor | None,
-    W: Tensor, m: Tensor | None, v: Tensor | None, scalars: Tensor | None,
+    W: Tensor, low: Tensor | None, m: Tensor | None, v: Tensor | None, scalars: Tensor | None, seed: int,
     lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, unit_norm: bool, norm_only: bool,
 ) -> Tensor:  # fmt: skip
+    slices = _slices(factors, order, starts, stored, dnorm, W, low, unit_norm)
     if norm_only:
-        parts = [torch.linalg.vecdot(g, g) for _, g in _slices(factors, order, starts, stored, dnorm, W, unit_norm)]
-        return torch.cat(parts)
+        return torch.cat([torch.linalg.vecdot(g, g) for _, _, g in slices])
     skipped = torch.zeros(W.shape[0], dtype=torch.int32, device=W.device)
     _, _, clip, live, step = scalars.unbind()
-    for part, grad in _slices(factors, order, starts, stored, dnorm, W, unit_norm):
+    for part, w, grad in slices:
         if clip != 1:
             grad *= clip
         bad = ~torch.isfinite(grad.sum(1))
         if unit_norm:
-            bad |= ~W[part].any(1)
+            bad |= ~w.any(1)
         skipped[part] = bad
-        moved = [t[part] for t in (W, m, v)]
+        state = [t[part] for t in (W, low, m, v) if t is not None]
         rows = bad.nonzero().squeeze(1)
-        kept = [t[rows] for t in moved]
+        kept = [t[rows] for t in state]
+        moments = [t[part].to(w.dtype) for t in (m, v)]
         adam(
-            [moved[0]], [grad], [moved[1]], [moved[2]], [], [(step - 1).float()], fused=True, found_inf=(live == 0).float(),
+            [w], [grad], [moments[0]], [moments[1]], [], [(step - 1).float()], fused=True, found_inf=(live == 0).float(),
             lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
         )  # fmt: skip
         if unit_norm and live:
-            moved[0] /= moved[0].norm(dim=1, keepdim=True)
-        for t, before in zip(moved, kept, strict=True):
+            w /= w.norm(dim=1, keepdim=True)
+        if low is not None:
+            split(w, W[part], low[part])
+        if m.dtype == torch.bfloat16:
+            noise = random_bits(seed, step, part.start, *w.shape)
+            round_randomly(moments[0], (noise >> 16).bitwise_and_(0xFFFF), m[part])
+            round_randomly(moments[1], noise.bitwise_and_(0xFFFF), v[part])
+        for t, before in zip(state, kept, strict=True):
             t[rows] = before
     return skipped
 
 
 def _apply(
-    factors: Factors, index: tuple[Tensor, Tensor], stored: Tensor | None, dnorm: Tensor | None, W: Tensor,
-    *rest: Any, unit_norm: bool, norm_only: bool,
+    factors: Factors, index: tuple[Tensor, Tensor], stored: Tensor | None, dnorm: Tensor | None, W: Tensor, low: Tensor | None,
+    m: Tensor | None, v: Tensor | None, *rest: Any, unit_norm: bool, norm_only: bool,
 ) -> Tensor:  # fmt: skip
-    laid_out = all(t.is_contiguous() for t in (W, *rest[:2]) if t is not None)
-    if W.dtype not in (torch.float32, torch.float64) or factors.table.dtype != W.dtype or not laid_out:
+    laid_out = all(t.is_contiguous() for t in (W, low, m, v) if t is not None)
+    exact = W.dtype in (torch.float32, torch.float64) if low is None else W.dtype == torch.bfloat16
+    if not exact or factors.table.dtype != W.dtype or not laid_out:
         raise TypeError(
-            f"the matrix is {W.dtype} with strides {W.stride()} and its gradient's table {factors.table.dtype}: "
-            "row updates take a contiguous float32 [F, D] and moments, and factors of the same dtype"
+            f"the matrix is {W.dtype} with strides {W.stride()} and its gradient's table {factors.table.dtype}: row updates "
+            "take a contiguous float32 [F, D], or bfloat16 with low bits, moments laid out alike, and factors of its dtype"
         )
     if factors.table.stride(1) != 1:
         factors = factors._replace(table=factors.table.contiguous())
     # a row too wide for one program goes through slices on a GPU too
     path = _triton_path if runs_triton(W) and W.shape[1] <= WIDEST else _torch_path
     # the gradient through a row's norm lies along the row, and at unit norm that part is removed
-    dnorm = None if unit_norm else dnorm
+    dnorm = None if unit_norm or dnorm is None else dnorm.to(accumulator(W.dtype))
     with device_of(W):
-        return path(factors, *index, stored, dnorm, W, *rest, unit_norm=unit_norm, norm_only=norm_only)
+        return path(factors, *index, stored, dnorm, W, low, m, v, *rest, unit_norm=unit_norm, norm_only=norm_only)
 
 
 def gradient_squares(
-    factors: Factors, index: tuple[Tensor, Tensor], W: Tensor,
-    stored: Tensor | None = None, dnorm: Tensor | None = None, unit_norm: bool = False,
+    factors: Factors, index: tuple[Tensor, Tensor], W: Tensor, stored: Tensor | None = None, dnorm: Tensor | None = None,
+    unit_norm: bool = False, low: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """|dW[f]|² [F] of the gradient that `update_rows` would apply: what clipping by a global norm asks first."""
-    unused = (None,) * 3 + (0.0,) * 5  # moments, scalars, hyperparameters
-    return _apply(factors, index, stored, dnorm, W, *unused, unit_norm=unit_norm, norm_only=True)
+    unused = (None,) * 3 + (0,) + (0.0,) * 5  # moments, scalars, seed, hyperparameters
+    return _apply(factors, index, stored, dnorm, W, low, *unused, unit_norm=unit_norm, norm_only=True)
 
 
 def update_rows(
     factors: Factors, index: tuple[Tensor, Tensor], W: Tensor, m: Tensor, v: Tensor, scalars: Tensor,
     lr: float, betas: tuple[float, float], eps: float, weight_decay: float = 0.0,
     stored: Tensor | None = None, dnorm: Tensor | None = None, unit_norm: bool = False,
+    low: Tensor | None = None, seed: int = 0,
 ) -> Tensor:  # fmt: skip
     """One Adam step on W [F, D] with moments m and v, in place. Returns which rows were skipped [F].
 
-    `index` is sort_by_latent of the factors' latents. `scalars` [5] on W's device: 1 - beta1^t, (1 - beta2^t)^½, the
-    clipping factor, whether to step (0 or 1), and t.
+    `index` is sort_by_latent of the factors' latents. `scalars` [5] in fp32 (fp64 for an fp64 W) on W's device: 1 - beta1^t,
+    (1 - beta2^t)^½, the clipping factor, whether to step (0 or 1), and t. `low` [F, D] int16 says that W is the high half
+    of split numbers. Moments in bf16 are rounded at random: `seed`, an int32, t, row and column say how.
     """
-    hyper = (lr, *betas, eps, weight_decay)
-    return _apply(factors, index, stored, dnorm, W, m, v, scalars, *hyper, unit_norm=unit_norm, norm_only=False)
+    hyper = (seed, lr, *betas, eps, weight_decay)
+    return _apply(factors, index, stored, dnorm, W, low, m, v, scalars, *hyper, unit_norm=unit_norm, norm_only=False)

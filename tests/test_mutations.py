@@ -25,20 +25,20 @@ MUTANTS = {
         KERNELS + "test_bounds.py::test_decode_loss",
     ),
     "dW is 2 % too large": (
-        "kernels/by_latent.py", "row.to(gradient.dtype.element_ty)", "(row * 1.02).to(gradient.dtype.element_ty)",
-        KERNELS + "test_by_latent.py::test_matches_reference",
+        "kernels/latent_backward.py", "row.to(gradient.dtype.element_ty)", "(row * 1.02).to(gradient.dtype.element_ty)",
+        KERNELS + "test_latent_backward.py::test_matches_reference",
     ),
     "dW is 2 % too large on a CPU": (
-        "kernels/by_latent.py", "dW_dec = segment_rows(g,", "dW_dec = 1.02 * segment_rows(g,",
-        KERNELS + "test_by_latent.py::test_matches_reference", "torch",
+        "kernels/latent_backward.py", "dW_dec = segment_rows(g,", "dW_dec = 1.02 * segment_rows(g,",
+        KERNELS + "test_latent_backward.py::test_matches_reference", "torch",
     ),
     "the last part of a split latent is left out": (
-        "kernels/by_latent.py", "for part in range(count):", "for part in range(count - 1):",
-        KERNELS + "test_by_latent.py::test_matches_reference",
+        "kernels/latent_backward.py", "for part in range(count):", "for part in range(count - 1):",
+        KERNELS + "test_latent_backward.py::test_matches_reference",
     ),
     "rows are taken for bags": (
-        "kernels/by_latent.py", "x + bag // levels * stride_x", "x + bag * stride_x",
-        KERNELS + "test_by_latent.py::test_matches_reference",
+        "kernels/latent_backward.py", "x + bag // levels * stride_x", "x + bag * stride_x",
+        KERNELS + "test_latent_backward.py::test_matches_reference",
     ),
     "the GEMM forgets the bias": (
         "kernels/dense_encode.py", "pre = acc + tl.load(bias + f, mask=f < F, other=0.0).to(tl.float32)[None, :]", "pre = acc",

@@ -10,6 +10,7 @@ from .sparsify import Sparsify
 PROVIDERS: tuple[Provider, ...] = (
     Fastsae(),
     Fastsae(fused_adam=True),
+    Fastsae(fused_adam=True, bf16_moments=True),
     Fastsae(autograd_loss=True),
     Fastsae(dense=True),
     Fastsae(tile_maxima=True),

@@ -27,14 +27,20 @@ class DictionaryLearning(Provider):
         case = task.case
         if case.trains:
             return _training_job(task)
-        ae = _dictionary(task).to(task.device, task.dtype)
-        _load(ae, task)
+        ae = dictionary(task)
         if case.work == "encode":
             in_training = case.activation == "BatchTopK"  # at inference it uses a threshold instead
             return forward_job(lambda x: ae.encode(x, use_threshold=False) if in_training else ae.encode(x), "acts")
         if case.work == "decode":
             return forward_job(ae.decode, "x_hat", prepare=lambda given: scattered(given, task.shape.F))
         return forward_job(ae, "x_hat")
+
+
+def dictionary(task: Task):
+    """With the task's weights."""
+    ae = _dictionary(task).to(task.device, task.dtype)
+    _load(ae, task)
+    return ae
 
 
 def _undo_nnsight() -> None:

@@ -14,9 +14,16 @@ from .base import Gradients, Job, Provider, Task, Unsupported, fill, forward_job
 class Fastsae(Provider):
     """Plainly: torch's optimizer, the fused loss and the selection that ships. Each flag chooses one other thing."""
 
-    def __init__(self, fused_adam: bool = False, autograd_loss: bool = False, dense: bool = False, tile_maxima: bool = False):
-        self.fused_adam, self.autograd_loss, self.dense, self.tile_maxima = fused_adam, autograd_loss, dense, tile_maxima
-        flags = {"FusedAdam": fused_adam, "sae(x)": autograd_loss, "dense": dense, "tile maxima": tile_maxima}
+    def __init__(
+        self, fused_adam: bool = False, bf16_moments: bool = False,
+        autograd_loss: bool = False, dense: bool = False, tile_maxima: bool = False,
+    ):  # fmt: skip
+        self.fused_adam, self.bf16_moments = fused_adam, bf16_moments
+        self.autograd_loss, self.dense, self.tile_maxima = autograd_loss, dense, tile_maxima
+        flags = {
+            "FusedAdam": fused_adam, "bf16 moments": bf16_moments,
+            "sae(x)": autograd_loss, "dense": dense, "tile maxima": tile_maxima,
+        }  # fmt: skip
         self.name = " ".join(["fastsae", *(flag for flag, given in flags.items() if given)])
 
     def missing(self, device):
@@ -38,7 +45,7 @@ class Fastsae(Provider):
             loss = _plain_loss if self.autograd_loss else _fused_loss
             job = loss_job(lambda x: loss(sae, x), parameters)
             if case.work == "step":
-                job = _fused_adam(sae, loss) if self.fused_adam else _torch_adam(sae, loss, parameters)
+                job = self._fused_adam(sae, loss) if self.fused_adam else _torch_adam(sae, loss, parameters)
         elif self.dense:
             job = forward_job(sae.encode, "acts", note="a dense tensor, as the other libraries return")
         elif case.work == "encode":
@@ -50,6 +57,35 @@ class Fastsae(Provider):
         if self.tile_maxima:
             job.call = _with_tile_maxima(job.call)
         return job
+
+    def _fused_adam(self, sae: SAE, loss) -> Job:
+        from fastsae.optim import FusedAdam  # here, so that --base reaches back before there was one
+
+        # bf16 weights are halves of fp32 ones: the others' trainers keep fp32 weights too, under autocast
+        formats = {"master": "split"} if sae.W_dec.dtype == torch.bfloat16 else {}
+        formats |= {"moments": "bf16"} if self.bf16_moments else {}
+        optimizer = FusedAdam(sae, lr=1e-4, **formats)
+
+        def step(x):
+            loss(sae, x).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        def observe(x):
+            """Its gradients are never stored, but the first moment of a first step is one of them, scaled."""
+            named = {name: p for name, p in sae.named_parameters() if "." not in name}
+            before = {name: p.detach().clone() for name, p in named.items()}
+            loss(sae, x).backward()
+            found = {f"d{name}": _gradient(p) for name, p in named.items()} if self.bf16_moments else {}
+            optimizer.step()
+            optimizer.zero_grad()
+            if not found:
+                scale = 1 - optimizer.param_groups[0]["betas"][0]
+                found = {f"d{name}": optimizer.state[p]["exp_avg"] / scale for name, p in named.items()}
+            return found | {f"{name} moved": (p.detach() != before[name]).any().double() for name, p in named.items()}
+
+        said = ", ".join([*(f"{name} {value}" for name, value in formats.items()), "gradients never stored"])
+        return Job(step, observe, note=f"FusedAdam, {said}")
 
 
 def sae_of(task: Task) -> SAE:
@@ -78,26 +114,14 @@ def _torch_adam(sae: SAE, loss, parameters: Gradients) -> Job:
     return step_job(step, parameters, note="torch Adam(fused=True), gradients stored")
 
 
-def _fused_adam(sae: SAE, loss) -> Job:
-    from fastsae.optim import FusedAdam  # here, so that --base reaches back before there was one
-
-    optimizer = FusedAdam(sae, lr=1e-4)
-
-    def step(x):
-        loss(sae, x).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def observe(x):
-        """Its gradients are never stored, but the first moment of a first step is one of them, scaled."""
-        named = {name: p for name, p in sae.named_parameters() if "." not in name}
-        before = {name: p.detach().clone() for name, p in named.items()}
-        step(x)
-        scale = 1 - optimizer.param_groups[0]["betas"][0]
-        found = {f"d{name}": optimizer.state[p]["exp_avg"] / scale for name, p in named.items()}
-        return found | {f"{name} moved": (p.detach() != before[name]).any().double() for name, p in named.items()}
-
-    return Job(step, observe, note="FusedAdam, gradients never stored")
+def _gradient(p: torch.Tensor) -> torch.Tensor:
+    """What the optimizer makes of the factors, where its moments are too coarse to see it."""
+    if not hasattr(p, "deferred"):
+        return p.grad.clone()
+    rows = p.T if p.stride(0) == 1 else p  # latent by latent
+    table, at, coefficients, latents, _ = p.deferred.joined(rows)
+    dense = torch.zeros_like(rows).index_add_(0, latents, coefficients[:, None] * table[at])
+    return dense if rows is p else dense.T
 
 
 def _plain_loss(sae: SAE, x: torch.Tensor) -> torch.Tensor:

@@ -22,13 +22,7 @@ class SAELens(Provider):
 
     def job(self, task: Task) -> Job:
         case = task.case
-        sae = _training_sae(task) if case.trains or case.activation == "BatchTopK" else _inference_sae(task)
-        weights = task.weights()
-        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-            fill(getattr(sae, name), getattr(weights, name))
-        if case.activation == "JumpReLU":
-            with torch.no_grad():
-                sae.threshold.fill_(task.threshold)
+        sae = sae_lens_sae(task)
         if case.work == "encode":
             return forward_job(sae.encode, "acts")
         if case.work == "decode":
@@ -36,6 +30,17 @@ class SAELens(Provider):
         if case.work == "forward":
             return forward_job(sae, "x_hat")
         return _training_job(sae, task)
+
+
+def sae_lens_sae(task: Task):
+    """With the task's weights."""
+    sae = _training_sae(task) if task.case.trains or task.case.activation == "BatchTopK" else _inference_sae(task)
+    for name, values in vars(task.weights()).items():
+        fill(getattr(sae, name), values)
+    if task.case.activation == "JumpReLU":
+        with torch.no_grad():
+            sae.threshold.fill_(task.threshold)
+    return sae
 
 
 def _common(task: Task) -> dict:

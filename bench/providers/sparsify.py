@@ -25,22 +25,12 @@ class Sparsify(Provider):
         return None
 
     def job(self, task: Task) -> Job:
-        from sparsify import SparseCoder, SparseCoderConfig
-
         case = task.case
         if case.activation != "TopK":
             raise Unsupported(f"has no {case.activation}")
         if task.device.type == "cuda" and task.precision != "bf16" and case.work != "decode":
             raise Unsupported("always computes in bf16 on a GPU")
-        # it keeps parameters in fp32 and trains under its own autocast
-        dtype = torch.float32 if case.trains else task.dtype
-        config = SparseCoderConfig(num_latents=task.shape.F, k=task.shape.k)
-        coder = SparseCoder(task.shape.D, config, device=task.device, dtype=dtype)
-        weights = task.weights()
-        fill(coder.encoder.weight, weights.W_enc.T)
-        fill(coder.encoder.bias, weights.b_enc)
-        fill(coder.W_dec, weights.W_dec)
-        fill(coder.b_dec, weights.b_dec)
+        coder = sparse_coder(task)
         if case.work == "encode":
             return forward_job(coder.encode, "acts", lambda out: scattered((out.top_acts, out.top_indices), task.shape.F))
         if case.work == "decode":
@@ -48,6 +38,22 @@ class Sparsify(Provider):
         if case.work == "forward":
             return forward_job(coder, "x_hat", lambda out: out.sae_out)
         return _training_job(coder, task)
+
+
+def sparse_coder(task: Task):
+    """With the task's weights."""
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    # it keeps parameters in fp32 and trains under its own autocast
+    dtype = torch.float32 if task.case.trains else task.dtype
+    config = SparseCoderConfig(num_latents=task.shape.F, k=task.shape.k)
+    coder = SparseCoder(task.shape.D, config, device=task.device, dtype=dtype)
+    weights = task.weights()
+    fill(coder.encoder.weight, weights.W_enc.T)
+    fill(coder.encoder.bias, weights.b_enc)
+    fill(coder.W_dec, weights.W_dec)
+    fill(coder.b_dec, weights.b_dec)
+    return coder
 
 
 def _variance(x: torch.Tensor) -> float:

@@ -145,10 +145,10 @@ def test_quartiles():
 
 
 def test_floor_is_the_gemm_and_adams_traffic():
-    """At R on an H100: 22.0 ms and 18.6 ms, and gathers that do not add a tenth."""
+    """At R on an H100: 22.0 ms and 17.2 ms, and gathers that do not add a tenth."""
     shape = Shape("R", 8192, 4096, 262_144, 64)
     floor = Ceilings(3000.0, {"bf16": 798.0}).floor_ms(phases(Case("step", "TopK"), shape, 2), "bf16")
-    assert 22.0 + 18.6 < floor < 44
+    assert 22.0 + 17.1 < floor < 43
 
 
 # ------------------------------------------------------------------------------------------------------------- a run
