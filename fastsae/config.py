@@ -119,7 +119,7 @@ class OptimConfig:
     optimizer: str = "fused_adam"
     """fused_adam stores no gradient; or the name of an optimizer in torch.optim, e.g. Adam, AdamW, SGD."""
     lr: float | None = None
-    """2e-4 / sqrt(d_sae / 16384) unless given."""
+    """2e-3 / sqrt(d_sae / 16384) unless given."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Of Adam."""
     eps: float = 1e-8

@@ -43,8 +43,8 @@ def build(config: SAEConfig, d_in: int, d_out: int | None, device: torch.device,
 
 
 def default_lr(d_sae: int) -> float:
-    """2e-4 at 16,384 latents, and falling with the root of the width."""
-    return 2e-4 / math.sqrt(d_sae / 16384)
+    """2e-3 at 16,384 latents, and falling with the root of the width. Batches of 1,024 rows chose it (docs/log.md)."""
+    return 2e-3 / math.sqrt(d_sae / 16384)
 
 
 def learning_rate(config: OptimConfig, d_sae: int) -> float:
