@@ -9,9 +9,9 @@ object is made; nothing else happens then.
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
-from .settings import above, at_least, check, plain, unknown
+from .settings import above, at_least, check, read_text, unknown
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -64,8 +64,8 @@ class LossConfig:
 
     error: Literal["mse", "fvu"] = "mse"
     """Squared error, or its share of the variance."""
-    sparsity: Literal["none", "lp", "l0", "l0_to_target", "l0_tanh"] | None = None
-    """Sparsity term; lp for relu and gated, l0 for jumprelu, none for the rest unless given."""
+    sparsity: Literal["auto", "none", "lp", "l0", "l0_to_target", "l0_tanh"] = "auto"
+    """Sparsity term; auto is lp for relu and gated, l0 for jumprelu, none for the rest."""
     coefficient: float = 1.0
     """Weight of the sparsity term."""
     warm_up: int = 0
@@ -84,8 +84,8 @@ class LossConfig:
     """Matryoshka: widths that must reconstruct on their own; the whole is added."""
     ks: tuple[int, ...] = ()
     """Hierarchical: how many of a row's strongest latents must reconstruct on their own; the whole is added."""
-    dead: Literal["none", "auxk", "auxk_normalised", "ghost", "pre_act", "resample"] | None = None
-    """What revives dead latents; auxk for topk, abstopk and batchtopk, none for the rest unless given."""
+    dead: Literal["auto", "none", "auxk", "auxk_normalised", "ghost", "pre_act", "resample"] = "auto"
+    """What revives dead latents; auto is auxk for topk, abstopk and batchtopk, none for the rest."""
     dead_coefficient: float = 1.0
     """Weight of the term for dead latents."""
     dead_window: int | None = None
@@ -137,9 +137,9 @@ class OptimConfig:
     k_steps: int = 0
     """Steps over which it does."""
     micro_batch: int | None = None
-    """Rows of one forward and backward pass; gradients of a batch add up."""
+    """Rows of one forward and backward pass; their gradients add up. Each is a batch of its own to batchtopk and to fvu."""
     compute_dtype: Dtype | None = None
-    """Autocast the passes to this; weights stay as they are."""
+    """Compute in this; the weights that are kept stay exact."""
     moments: Literal["fp32", "bf16"] = "fp32"
     """How fused_adam keeps its moments; bf16 rounds stochastically."""
     on_nonfinite: Literal["skip", "stop"] = "skip"
@@ -161,8 +161,9 @@ class OptimConfig:
 class DataConfig:
     """Where activations come from."""
 
-    source: Literal["model", "shards", "saelens_cache", "synthetic"] = "model"
-    """A live language model, shards that fastsae wrote, a folder that SAELens cached, or features in superposition."""
+    source: Literal["model", "shards", "saelens_cache", "synthetic", "given"] = "model"
+    """A live language model, shards that fastsae wrote, a folder that SAELens cached, features in superposition, or what is
+    passed in Python."""
     path: str | None = None
     """Folder of the shards or of the cache."""
     model: str = "embedded"
@@ -213,6 +214,10 @@ class DataConfig:
             raise ValueError(f"source={self.source!r} without a path: pass path, the folder to read")
 
 
+# one stream of activations serves all SAEs of a sweep; of the data only where an SAE reads and aims may differ
+NOT_SWEPT = {f.name for f in dataclasses.fields(DataConfig)} - {"hook", "target_hook"} | {"prefixes", "ks", "betas"}
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """A training run."""
@@ -256,6 +261,9 @@ class TrainConfig:
             raise ValueError(f"buffer={self.data.buffer} is below batch_size={self.batch_size}: pass a buffer >= batch_size")
         if self.tokens < self.batch_size:
             raise ValueError(f"tokens={self.tokens} is below batch_size={self.batch_size}: pass tokens >= batch_size")
+        if self.optim.k_first is not None and not 0 < self.optim.k_steps < self.steps:
+            k_steps = self.optim.k_steps
+            raise ValueError(f"k_first without an end: k_steps={k_steps}; pass k_steps from 1 to {self.steps - 1}")
         self.members()
 
     @property
@@ -267,13 +275,20 @@ class TrainConfig:
         if not self.sweep:
             return {"": self}
         columns = [_sweep_column(text) for text in self.sweep]
+        groups = [self.sae, self.loss, self.optim, self.data]
+        hints: dict[str, Any] = {}
+        for group in groups:
+            hints |= get_type_hints(type(group))
+        for name, _ in columns:
+            if name not in hints or name in NOT_SWEPT:
+                raise ValueError(unknown(f"sweep={name}", name, sorted(set(hints) - NOT_SWEPT)))
         lengths = {name: len(values) for name, values in columns}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"sweep has lists of different lengths {lengths}: pass as many values for each")
         members: dict[str, TrainConfig] = {}
         alone = dataclasses.replace(self, sweep=())
         for values in zip(*(v for _, v in columns), strict=True):
-            changes = {name: value for (name, _), value in zip(columns, values, strict=True)}
+            changes = {name: read_text(hints[name], value) for (name, _), value in zip(columns, values, strict=True)}
             label = ",".join(f"{name}={value}" for name, value in changes.items()).replace("/", "-")
             members[label] = with_values(alone, changes)
         if len(members) != len(columns[0][1]):
@@ -295,8 +310,8 @@ def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
     )
 
 
-def _sweep_column(text: str) -> tuple[str, list[Any]]:
+def _sweep_column(text: str) -> tuple[str, list[str]]:
     name, equals, values = text.partition("=")
     if not equals or not values:
         raise ValueError(f"sweep={text!r}: pass a setting and its values, e.g. k=16,32,64")
-    return name, [plain(v) for v in values.split(",")]
+    return name, values.split(",")

@@ -6,12 +6,11 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from . import formats
 from .config import TrainConfig
-from .data.open import excluded, load_model, open_source, open_tokens
+from .data.open import chosen_device, excluded, load_model, open_source, open_tokens
 from .data.source import Batch, fields
 from .interrupt import poll
 from .metrics import evaluate
@@ -45,7 +44,7 @@ def finished_saes(run: Path) -> dict[str, Path]:
     """The folders of a run's finished SAEs by their names in the sweep."""
     final = run / "final"
     found = {name: final / (name or ".") for name in read_config(run).members()}
-    missing = [str(path) for path in found.values() if not (path / "cfg.json").is_file()]
+    missing = [str(path) for path in found.values() if not formats.recognise(p.name for p in path.glob("*"))]
     if missing:
         raise FileNotFoundError(f"{missing[0]} holds no finished SAE: let the run finish, `fastsae train --out {run}`")
     return found
@@ -63,7 +62,7 @@ def evaluate_run(run: Path, device: str = "auto", batches: int = 16) -> dict[str
 
 def evaluate_sae(sae: SAE, config: TrainConfig, device: str = "auto", batches: int = 16) -> dict[str, float]:
     """`batches` of the config's data: activations, and where they are a live model's what splicing the SAE in costs."""
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    place = chosen_device(device)
     sae, data = sae.to(place).eval(), config.data
     model = load_model(data, place) if data.source == "model" else None
     source = open_source(replace(config, sweep=()), place, held_out=True, model=model)

@@ -1,7 +1,6 @@
 """What a run says while it runs: a line of metrics.jsonl, the same to wandb or tensorboard, a bar or a plain line."""
 
 import json
-import math
 import sys
 import time
 import warnings
@@ -15,6 +14,7 @@ from tqdm import tqdm
 from .config import TrainConfig
 from .optional import need
 from .settings import to_dict
+from .strict_json import finite
 
 Metrics = Mapping[str, Mapping[str, float]]
 """By SAE, then by name."""
@@ -42,8 +42,7 @@ class Log:
 
     def write(self, step: int, found: Metrics) -> None:
         for name, metrics in found.items():
-            finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}  # JSON has no NaN
-            self._file.write(json.dumps({"step": step} | ({"sae": name} if name else {}) | finite) + "\n")
+            self._file.write(json.dumps({"step": step} | ({"sae": name} if name else {}) | finite(metrics)) + "\n")
         self._file.flush()
         flat = {f"{name}/{key}" if name else key: value for name, metrics in found.items() for key, value in metrics.items()}
         for name, (send, _) in list(self._sinks.items()):
@@ -53,7 +52,9 @@ class Log:
         """Forget what was written after `step`: a run goes on from there."""
         self._file.close()
         lines = [line for line in self.path.read_text().splitlines() if _step(line) <= step]
-        self.path.write_text("".join(line + "\n" for line in lines))
+        staged = self.path.with_suffix(".tmp")
+        staged.write_text("".join(line + "\n" for line in lines))
+        staged.replace(self.path)
         self._file = self.path.open("a")
 
     def close(self) -> None:

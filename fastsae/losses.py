@@ -49,7 +49,7 @@ def reconstruct(
     `target` is x unless given. Levels: `prefixes` for Matryoshka (latents below each width), `ks` for hierarchical losses
     (each row's strongest j); the whole code is always the last. `frozen`: no gradient to the decoder.
     """
-    row, scale = _to_decode(sae, x, x if target is None else target)
+    row, scale = to_decode(sae, x, x if target is None else target)
     W_dec, b_dec = _decoder(sae, frozen)
     return _times(functional.reconstruction_loss(code, W_dec, b_dec, row, weight, prefixes, ks), scale)
 
@@ -63,7 +63,7 @@ def reconstruct_by_chunk(
     frozen: bool = False,
 ) -> tuple[Reconstruction, Tensor]:
     """The same for a code that is not sparse, with the Σ of a penalty over each row [N] (functional.reconstruct_dense)."""
-    row, scale = _to_decode(sae, x, x if target is None else target)
+    row, scale = to_decode(sae, x, x if target is None else target)
     W_dec, b_dec = _decoder(sae, frozen)
     y, cost = functional.reconstruct_dense(sae.encoder_input(x), sae.W_enc, sae.b_enc, W_dec, b_dec, activate, penalty)
     error = _rows(y - row)
@@ -71,7 +71,7 @@ def reconstruct_by_chunk(
     return _times(Reconstruction(error[:, None], sse[:, None], cost.flatten()), scale), cost.flatten()
 
 
-def _to_decode(sae: SAE, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+def to_decode(sae: SAE, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
     """What the decoder is to give, and the scale [N, 1] of its error where that is not 1."""
     if sae.W_skip is not None:
         target = target - x @ sae.W_skip.T

@@ -70,7 +70,7 @@ class Member:
         if self.config.sae.normalize == "expected_average_only_in":
             self.scale = input_scale([self.view(b)[0] for b in batches])
         with self.stepper.edit() as sae:
-            set_b_dec(sae, self.config.sae.b_dec, [self.view(b)[1] for b in batches])
+            set_b_dec(sae, self.config.sae.b_dec, [self.view(b)[1] * self.scale for b in batches])
 
     def needs_start(self) -> bool:
         return self.config.sae.normalize == "expected_average_only_in" or self.config.sae.b_dec != "zero"
@@ -104,11 +104,15 @@ class Member:
             raise NonFinite(f"the loss of step {step} is {float(loss)}: the weights stay as they were; lower lr")
         lr = learning_rate(self.config.optim, sae.d_sae) * self._lr_factor(step)
         fine = self.stepper.step(fine, lr)
-        self.mean_loss = torch.where(
-            fine, torch.where(self.mean_loss.isnan(), loss, MEMORY * self.mean_loss + (1 - MEMORY) * loss), self.mean_loss
-        )
+        self._remember(loss)
         self.skipped += ~fine
         self._resample(step, x, target, outcomes)
+
+    def _remember(self, loss: Tensor) -> None:
+        """A spike counts as the least one, so that what stays is soon none."""
+        spike, mean = self.config.optim.spike, self.mean_loss
+        after = MEMORY * mean + (1 - MEMORY) * (loss if spike is None else loss.minimum(spike * mean))
+        self.mean_loss = torch.where(loss.isfinite(), torch.where(mean.isnan(), loss, after), mean)
 
     def _refuse(self, step: int) -> None:
         if self.config.optim.on_nonfinite == "stop":

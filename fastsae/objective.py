@@ -48,8 +48,11 @@ class Outcome(NamedTuple):
 class Objective:
     def __init__(self, config: TrainConfig):
         self.activation, self.settings, self.steps = config.sae.activation, config.loss, config.steps
-        self.sparsity = self.settings.sparsity or DEFAULT_SPARSITY.get(self.activation, "none")
-        self.dead = self.settings.dead or DEFAULT_DEAD.get(self.activation, "none")
+        self.sparsity, self.dead = self.settings.sparsity, self.settings.dead
+        if self.sparsity == "auto":
+            self.sparsity = DEFAULT_SPARSITY.get(self.activation, "none")
+        if self.dead == "auto":
+            self.dead = DEFAULT_DEAD.get(self.activation, "none")
         needs_theta = self.sparsity.startswith("l0") and self.sparsity != "l0_tanh" or self.dead == "pre_act"
         if needs_theta and self.activation != "jumprelu":
             raise ValueError(

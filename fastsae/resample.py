@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from . import losses
 from .sae import SAE
 
 ENCODER_SHARE = 0.2
@@ -27,7 +28,7 @@ def resample(
         return
     chosen = torch.multinomial(chances, dead.numel(), replacement=True, generator=generator).to(x.device)
     inputs = sae.encoder_input(x[chosen])
-    outputs = target[chosen] - sae.b_dec
+    outputs = losses.to_decode(sae, x[chosen], target[chosen])[0] - sae.b_dec
     encoder_norm = sae.W_enc.norm(dim=0)[living].mean() * ENCODER_SHARE
     decoder_norm = sae.W_dec.norm(dim=1)[living].mean()
     sae.W_dec[dead] = torch.nn.functional.normalize(outputs, dim=1) * decoder_norm

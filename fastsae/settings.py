@@ -83,6 +83,14 @@ def to_dict(config: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same without groups: names differ between them."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value) if isinstance(value, Mapping) else {name: value}
+    return found
+
+
 def from_dict(values: Mapping[str, Any], kind: type, where: str = "") -> Any:
     """The config that these nested plain values mean; unknown names and values of a wrong type are refused by name."""
     if not isinstance(values, Mapping):
@@ -93,9 +101,11 @@ def from_dict(values: Mapping[str, Any], kind: type, where: str = "") -> Any:
         if name not in kinds:
             raise ValueError(unknown(f"{where}{name}", name, list(kinds)))
         if dataclasses.is_dataclass(kinds[name]):
-            value = from_dict(value, kinds[name], f"{where}{name}.")  # type: ignore[arg-type]
+            value = from_dict({} if value is None else value, kinds[name], f"{where}{name}.")  # type: ignore[arg-type]
         elif isinstance(value, list):
             value = tuple(value)
+        elif isinstance(value, str) and float in (kinds[name], *typing.get_args(kinds[name])):
+            value = read_text(kinds[name], value)  # YAML takes 1e-3 for text
         arguments[name] = value
     return kind(**arguments)
 
@@ -107,13 +117,20 @@ def unknown(came: str, name: str, allowed: list[str]) -> str:
     return f"unknown setting {came!r}: {hint}"
 
 
-def plain(text: str) -> Any:
-    """A flag's text as what it looks like."""
-    if text.lower() in ("true", "false", "none"):
-        return {"true": True, "false": False, "none": None}[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
+def read_text(hint: Any, text: str) -> Any:
+    """A flag's text as the value that the annotation asks for; text that it does not fit is returned as it is."""
+    choices = typing.get_args(hint) if typing.get_origin(hint) is not Literal else ()
+    for kind in choices or (hint,):
+        if typing.get_origin(kind) is Literal and text in typing.get_args(kind):
+            return text
+    for kind in choices or (hint,):
+        if kind is type(None) and text.lower() == "none":
+            return None
+        if kind is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                pass
     return text

@@ -8,7 +8,7 @@ import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from .optim import FusedAdam
 from .resample import forget
 from .sae import SAE
 from .settings import unknown
+
+UNFIT = {"Optimizer", "LBFGS", "SparseAdam", "Adafactor", "Muon"}
+"""Of torch.optim, those that want a closure, sparse gradients, or other arguments than the rest."""
 
 
 class Stepper(ABC):
@@ -45,8 +48,12 @@ class Stepper(ABC):
         """The SAE in the precision that the optimizer keeps."""
 
     @abstractmethod
-    def edit(self) -> Any:
+    def edit(self) -> AbstractContextManager[SAE]:
         """`with stepper.edit() as sae:` changes weights by hand, in their full precision."""
+
+    def release(self) -> None:
+        """Leave the SAE to its new owner, with ordinary gradients."""
+        self.optimizer.zero_grad()
 
     def forget(self, latents: Tensor) -> None:
         """Zero the moments of these latents."""
@@ -96,8 +103,18 @@ class Fused(Stepper):
         self.sae.activation.project()
         return fine
 
+    def release(self) -> None:
+        self.adam.release()
+
     def skipped_rows(self) -> Tensor:
         return self.adam.skipped
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"skipped_rows": self.adam.skipped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.adam.skipped.copy_(state["skipped_rows"])
 
     def exact(self) -> SAE:
         if not self.split:
@@ -118,6 +135,7 @@ class Stored(Stepper):
     def __init__(self, config: TrainConfig, sae: SAE):
         o = config.optim
         kinds = {n: c for n, c in vars(torch.optim).items() if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)}
+        kinds = {name: kind for name, kind in kinds.items() if name not in UNFIT}
         if o.optimizer not in kinds:
             raise ValueError(unknown(f"optimizer={o.optimizer}", o.optimizer, ["fused_adam", *sorted(kinds)]))
         kind = kinds[o.optimizer]
@@ -167,8 +185,7 @@ class Stored(Stepper):
 
     def exact(self) -> SAE:
         if self.sae is not self.original:
-            for (_, buffer), (_, narrow) in zip(self.original.named_buffers(), self.sae.named_buffers(), strict=True):
-                buffer.copy_(narrow)
+            self.original.load_state_dict(dict(self.sae.named_buffers()), strict=False)  # what an activation observed
         return self.original
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ def write_json(path: Path, content: Any) -> None:
         raise ValueError(f"{path} would have {len(text)} bytes, more than {LIMIT}: put long lists into tensors")
     with open(path, "wb") as file:
         file.write(text)
+
+
+def finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    """None for what JSON has no number for."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -22,25 +22,29 @@ from torch import Tensor
 
 from . import formats
 from .checkpoint import newest, run_lock, write_checkpoint
-from .config import TrainConfig
-from .data.open import opened
+from .config import TrainConfig, with_values
+from .data.open import chosen_device, opened
 from .data.source import Batch, NotResumable, Source, as_source, batch_of, fields
 from .formats.safe import FormatError
 from .interrupt import Interrupt, Interrupted, poll
 from .kernels.backend import describe
 from .logs import Log, Progress
-from .member import Member, NonFinite
+from .member import Member
 from .metrics import Evaluation, evaluate
+from .objective import Objective
 from .sae import SAE
-from .settings import from_dict, to_dict
+from .settings import flat, from_dict, to_dict
 from .state_files import load_tree, save_tensors, save_tree
-from .strict_json import read_json
+from .strict_json import finite, read_json, write_json
 
 START_BATCHES = 8
 """Batches from which a scale of the input or a first b_dec is taken; they are trained on after that."""
 EVAL_BATCHES = 16
 """Batches of the evaluation at the end; fresh ones."""
-MAY_CHANGE = {"resume", "save_every", "keep", "log_every", "loggers", "wandb_project", "device", "out"}
+MAY_CHANGE = {
+    "resume", "save_every", "keep", "log_every", "loggers", "wandb_project", "device", "out",
+    "tokens", "micro_batch", "prefetch", "model_device",
+}  # fmt: skip
 """What may be another when a run goes on."""
 
 
@@ -65,14 +69,18 @@ class Run:
     @property
     def sae(self) -> SAE:
         """The SAE, of a run without a sweep."""
-        if len(self.saes) != 1:
-            raise ValueError(f"this run trained {len(self.saes)} SAEs: take one of saes, by name: {list(self.saes)}")
-        return next(iter(self.saes.values()))
+        return _only(self.saes, "saes")
 
     @property
     def evaluation(self) -> Evaluation:
         """Its evaluation."""
-        return self.evaluations[next(iter(self.saes))] if len(self.saes) == 1 else self.evaluations[""]
+        return _only(self.evaluations, "evaluations")
+
+
+def _only(found: dict[str, Any], what: str) -> Any:
+    if len(found) != 1:
+        raise ValueError(f"this run has {len(found)} {what}: take one by name, run.{what}[...], of {list(found)}")
+    return next(iter(found.values()))
 
 
 def train(config: TrainConfig, source: Iterable[Batch] | None = None, quiet: bool = False) -> Run:
@@ -80,11 +88,15 @@ def train(config: TrainConfig, source: Iterable[Batch] | None = None, quiet: boo
 
     SIGTERM and SIGINT save a checkpoint and raise Interrupted. Called again, it goes on from the newest checkpoint.
     """
+    if source is not None:
+        config = with_values(config, {"source": "given"})
+    for member in config.members().values():
+        Objective(member)  # what cannot be is refused before anything is loaded
     run = Path(config.out)
     with run_lock(run), Interrupt() as interrupt:
         resumed = newest(run)
         _remember(config, run, resumed)
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
+        device = chosen_device(config.device)
         with opened(config, None if source is None else as_source(source), device, poll) as data:
             training = _Training(config, run, data, device, interrupt, quiet)
             return training.run(resumed)
@@ -96,7 +108,7 @@ def _remember(config: TrainConfig, run: Path, resumed: Path | None) -> None:
     if resumed is not None:
         if config.resume == "never":
             raise FileExistsError(f"{run} holds a run, {resumed.name}: pass resume=auto to go on with it, or another out")
-        before, now = to_dict(from_dict(read_json(path), TrainConfig)), to_dict(config)
+        before, now = (flat(to_dict(c)) for c in (from_dict(read_json(path), TrainConfig), config))
         for name in before:
             if name not in MAY_CHANGE and before[name] != now[name]:
                 raise ValueError(
@@ -129,6 +141,7 @@ class _Training:
         try:
             if resumed is not None:
                 self._resume(resumed)
+            self.log.cut(self.step)  # what an attempt wrote that did not live to save
             if not self.members:
                 self._begin()
             if not self.quiet:
@@ -136,13 +149,14 @@ class _Training:
             speed = self._train()
             self._checkpoint()
             evaluations = self._evaluate()
-        except (Interrupted, NonFinite):
+        except (Interrupted, DataEnded):
             self._checkpoint()
             raise
         finally:
             self.log.close()
         for name, member in self.members.items():
             self._finish(member, evaluations.get(name), self.path / "final" / _folder(name))
+            member.stepper.release()
         return Run(self.path, {name: member.finished().eval() for name, member in self.members.items()}, evaluations, speed)
 
     def _begin(self) -> None:
@@ -207,7 +221,7 @@ class _Training:
         folder.mkdir(parents=True, exist_ok=True)
         self._save(member, folder)
         if evaluation is not None:
-            (folder / "evaluation.json").write_text(json.dumps(evaluation.scalars(), indent=2) + "\n")
+            write_json(folder / "evaluation.json", finite(evaluation.scalars()))
             # SAELens' file of this name
             save_tensors(folder / "sparsity.safetensors", {"sparsity": (evaluation.feature_density + 1e-10).log10().float()})
 
@@ -251,17 +265,18 @@ class _Training:
             saved = load_tree(folder / _folder(name), "training")
             self.members[name] = Member(configs[name], saved["d_in"], saved["d_out"], self.device)
             self.members[name].load_state_dict(saved)
-        self.log.cut(self.step)
         if not self.quiet:
             print(f"going on from {folder}", file=sys.stderr)
 
     def _save(self, member: Member, folder: Path) -> None:
-        """The SAE as SAELens reads it, where SAELens has such an SAE; the state to go on from is beside it."""
+        """The SAE as SAELens reads it, or where SAELens has no such SAE in our own layout."""
+        sae, metadata = member.finished(), member.metadata(self.step)
         try:
-            formats.save(member.finished(), folder, metadata=member.metadata(self.step))
+            formats.save(sae, folder, metadata=metadata)
         except FormatError as error:
             if self.step == self.config.steps:
-                warnings.warn(f"no SAELens folder was written: {error}", stacklevel=2)
+                warnings.warn(f"only fastsae can read {folder}: {error}", stacklevel=2)
+            formats.save(sae, folder, "fastsae", metadata)
 
 
 def _folder(name: str) -> str:
@@ -274,9 +289,11 @@ def _sizes(config: TrainConfig, batch: dict[str, Tensor]) -> tuple[int, int | No
     def width(t: Tensor) -> int:
         return t[0].numel()
 
-    if config.data.hook in batch:
-        target = config.data.target_hook
-        return width(batch[config.data.hook]), width(batch[target]) if target else None
+    hook, target = config.data.hook, config.data.target_hook
+    if "x" not in batch:
+        if missing := {hook, target or hook} - set(batch):
+            raise ValueError(f"the data have the hooks {sorted(batch)}, not {missing.pop()!r}: pass hook, one of these")
+        return width(batch[hook]), width(batch[target]) if target else None
     return width(batch["x"]), width(batch["target"]) if "target" in batch else None
 
 

@@ -2,13 +2,13 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -79,7 +79,7 @@ def same(a, b):
 def test_kill_9_at_random_moments(undisturbed, tmp_path):
     """Whenever it comes, saves included, what is on the disk verifies; and the run ends with the same bits."""
     expected, seconds = undisturbed
-    chance = random.Random(0)
+    chance = np.random.default_rng(0)
     for _ in range(KILLS):
         process = start(tmp_path)
         time.sleep(chance.uniform(0, seconds / max(KILLS, 4)))
@@ -99,7 +99,7 @@ def test_kill_9_at_random_moments(undisturbed, tmp_path):
 def test_a_signal_leaves_a_checkpoint(signum, undisturbed, tmp_path):
     """At random moments, while data are still being collected too: exit code 143 or 130, and the newest one verifies."""
     expected, seconds = undisturbed
-    chance = random.Random(int(signum))
+    chance = np.random.default_rng(int(signum))
     for i in range(-(-STOPS // 2)):
         process = start(tmp_path)
         time.sleep(0 if i == 0 else chance.uniform(0, seconds / max(STOPS, 4)))

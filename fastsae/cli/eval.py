@@ -1,7 +1,6 @@
 """fastsae eval: the metrics of a run's SAEs, or of any SAE on data that are named."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from ..config import DataConfig, TrainConfig
+from ..strict_json import finite, write_json
 from .parse import flags
 
 DESCRIPTION = "What an SAE does on activations that it was not trained on, and to the language model they come from."
@@ -36,6 +36,8 @@ def main(arguments: Sequence[str]) -> None:
     from ..evaluation import evaluate_run, evaluate_sae, table
 
     if (asked.path / "config.json").is_file() and not (asked.path / "ae.pt").is_file():
+        if asked.data != DataConfig():
+            raise ValueError(f"{asked.path} is a run, which knows its data: name data only for the folder of an SAE")
         found = evaluate_run(asked.path, asked.device, asked.batches)
     else:
         from ..formats import load
@@ -44,4 +46,4 @@ def main(arguments: Sequence[str]) -> None:
         found = {"": evaluate_sae(load(asked.path), config, asked.device, asked.batches)}
     print(table(found))
     if asked.json is not None:
-        asked.json.write_text(json.dumps(found, indent=2) + "\n")
+        write_json(asked.json, {name: finite(values) for name, values in found.items()})

@@ -28,7 +28,7 @@ def flags(kind: type[T], command: str, arguments: Sequence[str], description: st
 
 def train_config(arguments: Sequence[str], description: str) -> TrainConfig:
     """--config FILE.yaml first, if it is there, then flags on top of it."""
-    arguments, default = list(arguments), None
+    arguments, default = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])], None
     if "--config" in arguments:
         place = arguments.index("--config")
         if place + 1 == len(arguments):

@@ -19,6 +19,19 @@ from .synthetic import Superposition
 from .tokens import Tokens, special_token_ids
 
 
+def chosen_device(name: str) -> torch.device:
+    """The device of that name; "auto" is a GPU if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device={name!r}: pass auto, cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={name!r}, but torch finds no GPU: pass device=cpu, or see `fastsae doctor`")
+    return device
+
+
 @contextmanager
 def opened(
     config: TrainConfig, source: Source | None, device: torch.device, poll: Callable[[], None] | None = None
@@ -43,6 +56,8 @@ def open_source(
     embedded data set, once. `model` is the language model if it is there already.
     """
     data, seed = config.data, config.seed
+    if data.source == "given":
+        raise ValueError("source='given': the batches were passed in Python; fastsae.evaluate(sae, batches) measures on such")
     if data.source == "synthetic":
         return Superposition(
             data.d_in, data.features, data.active,

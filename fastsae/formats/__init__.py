@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..sae import SAE
-from . import dictionary_learning, gemma_scope, saelens, sparsify
+from . import dictionary_learning, gemma_scope, native, saelens, sparsify
 from .parts import Parts, put_together, take_apart
 from .safe import Folder, FormatError
 
@@ -20,6 +20,7 @@ __all__ = ["FormatError", "convert", "load", "save"]
 
 FORMATS: dict[str, ModuleType] = {
     "saelens": saelens,
+    "fastsae": native,
     "sparsify": sparsify,
     "dictionary_learning": dictionary_learning,
     "gemma_scope": gemma_scope,
