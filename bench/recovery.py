@@ -77,7 +77,7 @@ RUNS = {
     "embedded-topk": Run(TrainConfig()),
     "embedded-batchtopk": Run(TrainConfig(SAEConfig(activation="batchtopk"))),
 }
-"""SAELens' auxk is half the dimensions, and its decoder rows have no norm to keep: there its own settings stay."""
+"""SAELens has no auxk (half the dimensions) and no unit norm to set: beside these runs its own stay."""
 
 
 def run(name: str) -> dict[str, Any]:
@@ -241,7 +241,8 @@ def page(results: Results) -> str:
             text = [markdown(["", *(title for title, _ in shown.values())], rows), f"{result['steps']:,} steps: {settings}."]
         text.append("\n".join(f"- {goal}: {'met' if met else 'not met'}" for goal, met in goals(result).items()))
         where = result["environment"]
-        text.append(f"{where['device']}, commit {(where['commit'] or 'unknown')[:10]}, {where['date']}.")
+        commit = (where["commit"] or "unknown")[:10] + (" with changes" if where["dirty"] else "")
+        text.append(f"{where['device']}, commit {commit}, {where['date']}.")
         parts.append("\n\n".join([f"## {name}", *text]) + "\n")
     return "\n".join(parts)
 

@@ -162,7 +162,10 @@ def _timed(
                 job = provider.job(task)
                 prepare(job)
             else:
-                job, peaks[provider.name] = peak_memory(lambda: provider.job(task), call, task.device, prepare)
+                job, peak = peak_memory(lambda: provider.job(task), call, task.device, prepare)
+                if memory_gb and peak > memory_gb * 1e9:  # what the allocator had kept is beyond the limit's reach
+                    raise torch.OutOfMemoryError(f"a step needs {peak / 1e9:.3g} GB")
+                peaks[provider.name] = peak
         jobs[provider.name], given[provider.name], notes[provider.name] = job, prepared, job.note
 
     def alone(provider: Provider, seconds: float) -> None:

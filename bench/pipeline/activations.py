@@ -30,7 +30,7 @@ CONTEXT = 64
 def prepare(layers: int, width: int, block: int, device: torch.device, tiny: bool, folder: Path) -> Prepared:
     """With `layers` and `width` a random GPT-2 of that size, else the one that fastsae ships; read after block `block`."""
     if tiny:
-        layers, width = min(layers, 3), min(width, 64)
+        layers, width = min(layers, 2), min(width, 64)
     contexts = 2 if tiny else 32  # of a batch, and of a forward pass
     batch = contexts * CONTEXT
     hook = f"blocks.{block}.hook_resid_post"
@@ -171,5 +171,5 @@ def prepare(layers: int, width: int, block: int, device: torch.device, tiny: boo
 
 WORKS = (
     Work("activations/shipped", "tokens", partial(prepare, 0, 0, 0)),
-    Work("activations/6x512", "tokens", partial(prepare, 6, 512, 2), smoke=False),
+    Work("activations/4x384", "tokens", partial(prepare, 4, 384, 1), smoke=False),
 )

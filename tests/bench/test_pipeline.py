@@ -185,7 +185,7 @@ def test_the_report_says_rates_and_ratios():
         {"case": "load", "what": "an SAE", "unit": "bytes", "provider": "sparsify", "status": "skipped", "reason": "not here"},
     ]
     assert "| sae-lens |  | 2 | 0.50 |  |" in report.pipeline(rows) and "skipped: not here" in report.pipeline(rows)
-    assert "load: sae-lens takes 0.50 of its time: it leaves" in report.behind(rows)
+    assert "load: sae-lens takes 0.50 of its time: its weights stay" in report.behind(rows)
     host = {
         "host": "sae_lens", "case": "step", "what": "a step", "status": "ok", "stock_ms": 9.0, "patched_ms": 3.0, "times": 3.0,
         "times_low": 2.9, "times_high": 3.1, "stock_mb": 100.0, "patched_mb": 10.0,

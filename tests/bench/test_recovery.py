@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 
-from bench import recovery
 from bench.recovery import RUNS, goals, main, page
 
 
