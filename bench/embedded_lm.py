@@ -55,7 +55,7 @@ class Settings:
     learning_rate: float = 4e-3  # at its height: 3 % of the steps go up to it, a cosine goes down to zero
     weight_decay: float = 0.1  # of the matrices
     batch: int = 8  # windows
-    epochs: int = 4
+    epochs: int = 2
     seed: int = 0
 
 

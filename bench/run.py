@@ -187,7 +187,7 @@ def _timed(
                 release()
             build(provider)
             if not together and task.brief:
-                alone(provider, seconds)
+                alone(provider, seconds / 4)
         except Exception as error:
             outcomes[provider.name] = error.with_traceback(None)
             jobs.pop(provider.name, None)
@@ -203,7 +203,7 @@ def _timed(
         for provider in left if task.brief else [*built, *reversed(built)]:
             try:
                 build(provider)
-                alone(provider, seconds if task.brief else seconds / 2)
+                alone(provider, seconds / (4 if task.brief else 2))
             except Exception as error:
                 samples[provider.name] = error.with_traceback(None)
             release()

@@ -45,11 +45,11 @@ def without_time(entry: Entry, provider: str, status: str, reason: str) -> Row:
     return identity(entry, provider) | {"status": status, "reason": reason}
 
 
-HEADER = f"{'case':<22}{'shape':>8} {'':4} {'provider':<22}{'median ms':>10}  {'quartiles':<17}{'of floor':>9}{'peak MB':>9}"
+HEADER = f"{'case':<22}{'shape':>8} {'':4} {'provider':<31}{'median ms':>10}  {'quartiles':<17}{'of floor':>9}{'peak MB':>9}"
 
 
 def line(row: Row) -> str:
-    start = f"{row['case']:<22}{row['shape']:>8} {row['precision']} {row['provider']:<22}"
+    start = f"{row['case']:<22}{row['shape']:>8} {row['precision']} {row['provider']:<31}"
     if row["status"] != "ok":
         return f"{start}{row['status']}: {row['reason']}"
     quartiles = f"{row['low']:.4g} to {row['high']:.4g}"
