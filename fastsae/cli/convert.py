@@ -18,7 +18,7 @@ class Convert:
     """Folder of an SAE in any known format."""
     dst: Annotated[Path, tyro.conf.Positional]
     """New folder."""
-    to: Literal["saelens", "dictionary_learning", "sparsify", "gemma_scope"]
+    to: Literal["saelens", "dictionary_learning", "sparsify", "fastsae"]
     """Its format."""
     allow_pickle: bool = False
     """Read dictionary_learning's ae.pt, with torch's restricted unpickler. Not for files of strangers."""

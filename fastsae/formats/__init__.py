@@ -20,10 +20,10 @@ __all__ = ["FormatError", "convert", "load", "save"]
 
 FORMATS: dict[str, ModuleType] = {
     "saelens": saelens,
-    "fastsae": native,
     "sparsify": sparsify,
     "dictionary_learning": dictionary_learning,
     "gemma_scope": gemma_scope,
+    "fastsae": native,
 }
 
 

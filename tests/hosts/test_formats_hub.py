@@ -100,7 +100,8 @@ def answers(tmp_path_factory):
     config = {"trainer": trainer, "buffer": {"ctx_len": 128}}
     publish(server, work / "pickled", "pickled", config, state, "config.json", "ae.pt")
 
-    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(work / "home"), "HF_TOKEN": "none"}
+    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(work / "home")}
+    environment |= {"HF_TOKEN": "none", "HF_HUB_OFFLINE": "0"}
     asked = json.dumps({name: entry[:2] for name, entry in ENTRIES.items()})
     done = subprocess.run([sys.executable, "-c", SCRIPT, asked], env=environment, capture_output=True, text=True)
     server.close()
