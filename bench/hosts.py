@@ -1,19 +1,12 @@
-"""Host libraries with fastsae.patch and without, in one interleaved run:  .venv-hosts/bin/python -m bench.hosts [CASE ...]
+"""Cases of the host libraries, timed with fastsae.patch and without by patched.py: .venv-hosts/bin/python -m bench --only hosts
 
-A case is a function that builds something of the library and returns one call of it; it runs once unpatched and once patched.
-Printed are milliseconds, their ratio, and what is allocated above parameters, gradients and optimizer state.
+A case is a function that builds something of the library and returns one call of it.
 """
 
-import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-
-from fastsae import hosts
-
-from .measure import interleave, peak_memory
 
 N, D = 1024, 768
 
@@ -56,43 +49,3 @@ def saelens_jumprelu_forward(device: torch.device) -> Built:
 
 
 CASES = {"sae_lens": (saelens_topk_step, saelens_jumprelu_forward)}
-
-
-def compare(host: str, case: Callable[[torch.device], Built], device: torch.device, seconds: float) -> None:
-    """Print one case."""
-
-    def switch(patched: bool) -> None:
-        (hosts.patch if patched else hosts.unpatch)(host)
-
-    calls: dict[str, Callable[[int], object]] = {}
-    above: dict[str, float] = {}
-    for name, patched in (("stock", False), ("patched", True)):
-        switch(patched)
-        torch.manual_seed(0)
-        made, peak = peak_memory(lambda: case(device), lambda built: built.call(0), device)
-        above[name] = max(peak - made.held, 1) / 1e6
-
-        def call(i: int, patched: bool = patched, made: Built = made) -> object:
-            switch(patched)
-            return made.call(i)
-
-        calls[name] = call
-    samples = interleave(calls, device, seconds)
-    ms = {name: statistics.median(taken) for name, taken in samples.items() if isinstance(taken, list)}
-    hosts.unpatch(host)
-    print(f"{host}: {case.__doc__}")
-    for name in calls:
-        print(f"    {name:8} {ms[name]:9.1f} ms   {above[name]:9.1f} MB")
-    print(f"    {'ratio':8} {ms['stock'] / ms['patched']:9.2f} x    {above['stock'] / above['patched']:9.2f} x")
-
-
-def main(wanted: list[str], seconds: float = 30.0) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for host, cases in CASES.items():
-        for case in cases:
-            if not wanted or any(case.__name__.startswith(name) for name in wanted):
-                compare(host, case, device, seconds)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import formats
 from .config import TrainConfig
+from .data.models import LanguageModel
 from .data.open import chosen_device, excluded, load_model, open_source, open_tokens
 from .data.source import Batch, fields
 from .interrupt import poll
@@ -52,19 +53,28 @@ def finished_saes(run: Path) -> dict[str, Path]:
 
 def evaluate_run(run: Path, device: str = "auto", batches: int = 16) -> dict[str, dict[str, float]]:
     """The metrics of each SAE of a run, on data of its kind that it has not seen where such are to be had."""
-    config = read_config(run)
-    found: dict[str, dict[str, float]] = {}
-    for name, folder in finished_saes(run).items():
-        member = config.members()[name]
-        found[name] = evaluate_sae(formats.load(folder), member, device, batches)
-    return found
+    members = read_config(run).members()
+    folders = finished_saes(run)
+    model = _model(next(iter(members.values())), device)  # a sweep shares it
+    return {
+        name: evaluate_sae(formats.load(folder), members[name], device, batches, model) for name, folder in folders.items()
+    }
 
 
-def evaluate_sae(sae: SAE, config: TrainConfig, device: str = "auto", batches: int = 16) -> dict[str, float]:
-    """`batches` of the config's data: activations, and where they are a live model's what splicing the SAE in costs."""
+def _model(config: TrainConfig, device: str) -> LanguageModel | None:
+    return load_model(config.data, chosen_device(device)) if config.data.source == "model" else None
+
+
+def evaluate_sae(
+    sae: SAE, config: TrainConfig, device: str = "auto", batches: int = 16, model: LanguageModel | None = None
+) -> dict[str, float]:
+    """`batches` of the config's data: activations, and where they are a live model's what splicing the SAE in costs.
+
+    `model` is the language model if it is there already.
+    """
     place = chosen_device(device)
     sae, data = sae.to(place).eval(), config.data
-    model = load_model(data, place) if data.source == "model" else None
+    model = model or _model(config, device)
     source = open_source(replace(config, sweep=()), place, held_out=True, model=model)
     found = evaluate(sae, _rows(islice(source, batches), config, sae)).scalars()
     if model is not None:

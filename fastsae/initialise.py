@@ -1,6 +1,5 @@
 """How a run's SAE starts: from its config, and what of it is taken from data."""
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 
@@ -84,15 +83,3 @@ def input_scale(batches: Sequence[Tensor]) -> float:
     """√D / mean |x|, which brings the average norm to √D (SAELens' expected_average_only_in)."""
     norms = torch.cat([x.reshape(-1, x.shape[-1]).double().norm(dim=1) for x in batches])
     return batches[0].shape[-1] ** 0.5 / float(norms.mean())
-
-
-@torch.no_grad()
-def scaled(sae: SAE, s: float) -> SAE:
-    """A copy that takes x where `sae` takes s · x, target included: W_enc · s, W_dec / s, b_dec / s."""
-    made = copy.deepcopy(sae)
-    made.W_enc.mul_(s)
-    made.W_dec.div_(s)
-    made.b_dec.div_(s)
-    if sae.rescale_acts_by_decoder_norm and isinstance(made.activation, BatchTopK) and made.activation.knows_threshold:
-        made.activation.set_threshold(made.activation.threshold / s)  # it is in units of |W_dec|
-    return made

@@ -15,7 +15,8 @@ from .activations import BatchTopK, TopK
 from .config import TrainConfig
 from .data.source import Batch
 from .dead import DeadLatents, dead_latents, slots_for
-from .initialise import build, default_dead_window, input_scale, learning_rate, scaled, set_b_dec
+from .formats.parts import put_together, take_apart
+from .initialise import build, default_dead_window, input_scale, learning_rate, set_b_dec
 from .objective import Objective, Outcome
 from .resample import resample
 from .sae import SAE
@@ -188,7 +189,7 @@ class Member:
     def finished(self) -> SAE:
         """The SAE with its exact weights, taking activations as they are: a scale of the input is folded in."""
         sae = self.stepper.exact()
-        return sae if self.scale == 1 else scaled(sae, self.scale)
+        return sae if self.scale == 1 else put_together(take_apart(sae, input_scale=self.scale), self.device)
 
     def metadata(self, step: int) -> dict[str, Any]:
         """Where the SAE belongs, under SAELens' names."""

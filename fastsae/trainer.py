@@ -148,16 +148,17 @@ class _Training:
                 print(f"{describe(self.device)}; {next(iter(self.members.values())).stepper.says}", file=sys.stderr)
             speed = self._train()
             self._checkpoint()
-            evaluations = self._evaluate()
+            saes = {name: member.finished() for name, member in self.members.items()}
+            evaluations = self._evaluate(saes)
         except (Interrupted, DataEnded):
             self._checkpoint()
             raise
         finally:
             self.log.close()
         for name, member in self.members.items():
-            self._finish(member, evaluations.get(name), self.path / "final" / _folder(name))
+            self._finish(member, saes[name].eval(), evaluations.get(name), self.path / "final" / _folder(name))
             member.stepper.release()
-        return Run(self.path, {name: member.finished().eval() for name, member in self.members.items()}, evaluations, speed)
+        return Run(self.path, saes, evaluations, speed)
 
     def _begin(self) -> None:
         self._look_at(1)
@@ -203,7 +204,7 @@ class _Training:
             )
         return batch
 
-    def _evaluate(self) -> dict[str, Evaluation]:
+    def _evaluate(self, saes: dict[str, SAE]) -> dict[str, Evaluation]:
         """On batches that nobody has trained on."""
         fresh: list[Batch] = []
         while len(fresh) < EVAL_BATCHES and (batch := next(self.data, None)) is not None:
@@ -213,13 +214,13 @@ class _Training:
             return {}
         found: dict[str, Evaluation] = {}
         for name, member in self.members.items():
-            sae = member.finished()
-            found[name] = evaluate(sae, _polled(member.view(batch, sae.W_dec.dtype) for batch in fresh))
+            dtype = saes[name].W_dec.dtype
+            found[name] = evaluate(saes[name], _polled(member.view(batch, dtype) for batch in fresh))
         return found
 
-    def _finish(self, member: Member, evaluation: Evaluation | None, folder: Path) -> None:
+    def _finish(self, member: Member, sae: SAE, evaluation: Evaluation | None, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._save(member, folder)
+        self._save(member, sae, folder)
         if evaluation is not None:
             write_json(folder / "evaluation.json", finite(evaluation.scalars()))
             # SAELens' file of this name
@@ -236,7 +237,7 @@ class _Training:
         for name, member in self.members.items():
             inside = folder / _folder(name)
             inside.mkdir(exist_ok=True)
-            self._save(member, inside)
+            self._save(member, member.finished(), inside)
             save_tree(inside, "training", member.state_dict())
         try:
             data = self.data.state_dict()
@@ -268,9 +269,9 @@ class _Training:
         if not self.quiet:
             print(f"going on from {folder}", file=sys.stderr)
 
-    def _save(self, member: Member, folder: Path) -> None:
+    def _save(self, member: Member, sae: SAE, folder: Path) -> None:
         """The SAE as SAELens reads it, or where SAELens has no such SAE in our own layout."""
-        sae, metadata = member.finished(), member.metadata(self.step)
+        metadata = member.metadata(self.step)
         try:
             formats.save(sae, folder, metadata=metadata)
         except FormatError as error:

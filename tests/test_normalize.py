@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fastsae import SAE, TopK, losses
-from fastsae.initialise import geometric_median, input_scale, scaled, set_b_dec
+from fastsae.formats.parts import put_together, take_apart
+from fastsae.initialise import geometric_median, input_scale, set_b_dec
 
 N, D, F, K = 30, 8, 40, 4
 
@@ -67,7 +68,7 @@ def test_a_scale_folds_into_the_weights():
     sae, x = make("none")
     s = input_scale([x[:10], x[10:]])
     assert (x * s).norm(dim=1).mean() == pytest.approx(D**0.5)
-    folded = scaled(sae, s)
+    folded = put_together(take_apart(sae, input_scale=s))
     torch.testing.assert_close(folded(x), sae(x * s) / s)
     assert not torch.equal(folded.W_dec, sae.W_dec)
 

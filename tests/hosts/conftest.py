@@ -1,7 +1,10 @@
 """Tests beside the libraries that fastsae replaces. They run in .venv-hosts; tests/test_hosts.py starts them."""
 
 import pytest
+import tiny_lm
 import torch
+
+from fastsae import hosts
 
 # of the largest number of each gradient: what issue 4 asks for
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -32,3 +35,17 @@ def agree(dtype):
             near(a if a.shape == b.shape else a.T, b, name)
 
     return check
+
+
+@pytest.fixture
+def patched():
+    """SAELens with fast methods, until the test ends."""
+    hosts.patch("sae_lens")
+    yield
+    hosts.unpatch("sae_lens")
+
+
+@pytest.fixture(scope="module")
+def lens(tmp_path_factory):
+    """A tiny HookedTransformer."""
+    return tiny_lm.hooked_transformer(tiny_lm.save(tmp_path_factory.mktemp("lm")))

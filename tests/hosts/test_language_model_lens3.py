@@ -14,11 +14,6 @@ HOOKS = ["hook_embed", "blocks.0.hook_resid_pre", "blocks.1.attn.hook_z", "block
 
 
 @pytest.fixture(scope="module")
-def lens(tmp_path_factory):
-    return tiny_lm.hooked_transformer(tiny_lm.save(tmp_path_factory.mktemp("lm")))
-
-
-@pytest.fixture(scope="module")
 def bridge(tmp_path_factory):
     return LanguageModel.load(tiny_lm.save(tmp_path_factory.mktemp("lm")), "transformer_lens", device="cpu")
 

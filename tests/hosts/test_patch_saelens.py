@@ -33,13 +33,6 @@ def codes(monkeypatch):
     return made
 
 
-@pytest.fixture
-def patched():
-    hosts.patch("sae_lens")
-    yield
-    hosts.unpatch("sae_lens")
-
-
 def pair(which, dtype=torch.float32, **config):
     """A module as SAELens has it, and an accelerated one with the same weights."""
     name, own = BOTH[which]

@@ -31,13 +31,6 @@ def steps(monkeypatch):
     return made
 
 
-@pytest.fixture
-def patched():
-    hosts.patch("sae_lens")
-    yield
-    hosts.unpatch("sae_lens")
-
-
 def pair(which, dtype=torch.float32, **config):
     name, own = TRAINING[which]
     stock = build(name, dtype, **(copy.deepcopy(own) | config))

@@ -13,11 +13,6 @@ from fastsae.data import SAELensCache
 HOOK, CONTEXT, D, SEQUENCES, BATCH = "blocks.1.hook_resid_post", 16, 32, 24, 4
 
 
-@pytest.fixture(scope="module")
-def lens(tmp_path_factory):
-    return tiny_lm.hooked_transformer(tiny_lm.save(tmp_path_factory.mktemp("lm")))
-
-
 @pytest.fixture(scope="module", params=["float32", "float16"])
 def cache(request, lens, tmp_path_factory):
     """(folder, dtype), of several shards"""

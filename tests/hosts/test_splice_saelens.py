@@ -3,7 +3,6 @@
 import copy
 
 import pytest
-import tiny_lm
 import torch
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
 from sae_lens.evals import EvalConfig, get_downstream_reconstruction_metrics, run_evals
@@ -42,11 +41,6 @@ class Store:
 
     def reset_input_dataset(self):
         self.next = 0
-
-
-@pytest.fixture(scope="module")
-def lens(tmp_path_factory):
-    return tiny_lm.hooked_transformer(tiny_lm.save(tmp_path_factory.mktemp("lm")))
 
 
 @pytest.fixture(scope="module")

@@ -50,11 +50,6 @@ def test_one_document_a_row_is_their_disable_concat_sequences():
 
 
 @pytest.fixture(scope="module")
-def lens(tmp_path_factory):
-    return tiny_lm.hooked_transformer(tiny_lm.save(tmp_path_factory.mktemp("lm")))
-
-
-@pytest.fixture(scope="module")
 def store(lens):
     from sae_lens.training.activations_store import ActivationsStore
 
