@@ -80,6 +80,14 @@ def exactly(*args: Any) -> Any:
     return torch.autocast(next((t.device.type for t in args if isinstance(t, Tensor)), "cpu"), enabled=False)
 
 
+def keep_freed_memory() -> None:
+    """Let a loop on a CPU use its temporaries' memory again, instead of a page fault every 4 KB.
+
+    glibc returns freed memory to the kernel above a size that it learns from the largest block it saw freed, of up to 32 MB.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The type sums are kept in: fp32 for fp32, bf16 and fp16; fp64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -29,6 +29,8 @@ def bag_of_entries(offsets: Tensor, E: int) -> Tensor:
 
 def segment_rows(table: Tensor, rows: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
     """out[f] = Σ of weights[i] · table[rows[i]] over segment f. Entries are already in segment order. [F, D]"""
+    # detached, or torch takes the slower operator that also keeps what its own backward pass would need
+    table, weights = table.detach(), weights.detach()
     return torch.nn.functional.embedding_bag(
         rows, table, starts, mode="sum", per_sample_weights=weights, include_last_offset=True
     )

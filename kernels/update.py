@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from . import by_latent
-from .backend import accumulator, device_of, runs_triton, tl, triton
+from .backend import accumulator, device_of, keep_freed_memory, runs_triton, tl, triton
 from .by_latent import segment_rows
 from .deferred import Factors, norm_slope
 from .halves import as_fp32, bits, high_half, join_halves, joined, low_half, round_randomly, rounded_randomly, split
@@ -200,10 +200,11 @@ def _slices(factors, order, starts, stored, dnorm, W, low, unit_norm):
     wide = accumulator(W.dtype)
     table, coefficients, rows = factors.table.to(wide), factors.coefficients[order].to(wide), factors.rows[order]
     latents = max(1, SLICE // D)
+    keep_freed_memory()
     for f in range(0, F, latents):
         part = slice(f, f + latents)
         bounds = starts[f : f + latents + 1]
-        begin, end = int(bounds[0]), int(bounds[-1])
+        begin, end = bounds[[0, -1]].tolist()
         grad = segment_rows(table, rows[begin:end], coefficients[begin:end], bounds - begin)
         w = W[part] if low is None else joined(W[part], low[part])
         if stored is not None:
@@ -216,6 +217,11 @@ def _slices(factors, order, starts, stored, dnorm, W, low, unit_norm):
         yield part, w, grad
 
 
+def _bound(factors: Factors) -> float:
+    """No sum of these factors is larger: where it is finite, nobody has to look for NaN or infinity in the sums."""
+    return float(factors.coefficients.double().abs().sum()) * float(factors.table.double().abs().sum())
+
+
 def _torch_path(
     factors: Factors, order: Tensor, starts: Tensor, stored: Tensor | None, dnorm: Tensor | None,
     W: Tensor, low: Tensor | None, m: Tensor | None, v: Tensor | None, scalars: Tensor | None, seed: int,
@@ -225,31 +231,36 @@ def _torch_path(
     if norm_only:
         return torch.cat([torch.linalg.vecdot(g, g) for _, _, g in slices])
     skipped = torch.zeros(W.shape[0], dtype=torch.int32, device=W.device)
-    _, _, clip, live, step = scalars.unbind()
+    clip, live, t = scalars[2:].tolist()
+    if not live:
+        return skipped
+    certain = not unit_norm and stored is None and dnorm is None and _bound(factors) * clip < 1e38
     for part, w, grad in slices:
         if clip != 1:
             grad *= clip
-        bad = ~torch.isfinite(grad.sum(1))
-        if unit_norm:
-            bad |= ~w.any(1)
-        skipped[part] = bad
         state = [t[part] for t in (W, low, m, v) if t is not None]
-        rows = bad.nonzero().squeeze(1)
-        kept = [t[rows] for t in state]
+        kept: list[tuple[Tensor, Tensor, Tensor]] = []
+        if not certain:
+            bad = ~torch.isfinite(grad.sum(1))
+            if unit_norm:
+                bad |= ~w.any(1)
+            skipped[part] = bad
+            rows = bad.nonzero().squeeze(1)
+            kept = [(t, rows, t[rows]) for t in state]
         moments = [t[part].to(w.dtype) for t in (m, v)]
         adam(
-            [w], [grad], [moments[0]], [moments[1]], [], [(step - 1).float()], fused=True, found_inf=(live == 0).float(),
-            lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
+            [w], [grad], [moments[0]], [moments[1]], [], [torch.tensor(t - 1)], fused=True, amsgrad=False, maximize=False,
+            lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps,
         )  # fmt: skip
-        if unit_norm and live:
+        if unit_norm:
             w /= w.norm(dim=1, keepdim=True)
         if low is not None:
             split(w, W[part], low[part])
         if m.dtype == torch.bfloat16:
-            noise = random_bits(seed, step, part.start, *w.shape)
+            noise = random_bits(seed, scalars[4], part.start, *w.shape)
             round_randomly(moments[0], (noise >> 16).bitwise_and_(0xFFFF), m[part])
             round_randomly(moments[1], noise.bitwise_and_(0xFFFF), v[part])
-        for t, before in zip(state, kept, strict=True):
+        for t, rows, before in kept:
             t[rows] = before
     return skipped
 
