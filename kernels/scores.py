@@ -4,7 +4,7 @@ Selections read pieces and keep entries; [N, F] never exists. A CPU takes blocks
 a GPU takes chunks of latents, so that W_enc is read once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -52,28 +52,43 @@ def _scores(x: Tensor, W_enc: Tensor, b_enc: Tensor, out: Tensor) -> None:
             columns = slice(f, f + CHUNK)
             operands = (t.to(out.dtype) for t in (b_enc[columns], x, W_enc[:, columns]))
             torch.addmm(*operands, out=out[:, columns])
-    elif 2 < x.shape[0] <= 32 and W_enc.T.is_contiguous() and not x.is_cuda:
-        _few_rows(x, W_enc.T, b_enc, out)
+    elif few_rows := _few_rows_way(x, W_enc):
+        few_rows(x, W_enc.T, b_enc, out)
     else:  # addmm would copy the bias into the block, which the GEMM then reads: 5 % slower
         torch.mm(x, W_enc, out=out).add_(b_enc)
 
 
-def _few_rows(x: Tensor, W: Tensor, bias: Tensor, out: Tensor) -> None:
-    """out = x W^T + bias for a handful of rows, bound by reading W [F, D] once.
+def _few_rows_way(x: Tensor, W_enc: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], None] | None:
+    """What is faster than a GEMM for a handful of rows on a CPU, bound by reading W_enc once.
 
-    The GEMM library packs W as if it would use it often. Small products over panels of W do not: measured at F 65,536,
-    D 768, 2 threads, in units of one read of W: 8 rows 1.2 instead of 3.4, 16 rows 1.6 (2.1), 32 rows 2.1 (2.6).
+    The GEMM library packs W_enc as if it would use it often; these read it where it lies. Times: docs/log.md, "Few rows".
     """
+    N = x.shape[0]
+    if x.is_cuda or not W_enc.T.is_contiguous():
+        return None
+    if 4 < N <= 64 and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return _by_convolution
+    return _by_panels if 2 < N <= 8 else None
+
+
+def _by_convolution(x: Tensor, W: Tensor, bias: Tensor, out: Tensor) -> None:
+    """out = x W^T + bias: latents are pixels, and rows the filters of oneDNN's 1x1 convolution."""
+    (N, D), F = x.shape, W.shape[0]
+    filters = torch.nn.functional.pad(x, (0, 0, 0, -N % 16))[:, :, None, None]  # it computes 16 of them at a time anyway
+    product = torch.nn.functional.conv2d(W.view(1, F, 1, D).permute(0, 3, 1, 2), filters)[0, :N, :, 0]  # latents outside
+    for f in range(0, F, CHUNK):  # a transposition, twice as fast by parts and as a plain copy
+        columns = slice(f, f + CHUNK)
+        out[:, columns].copy_(product[:, columns]).add_(bias[columns])
+
+
+def _by_panels(x: Tensor, W: Tensor, bias: Tensor, out: Tensor) -> None:
+    """out = x W^T + bias by small products with panels of W."""
     (N, D), F = x.shape, W.shape[0]
     panels = F // PANEL
     whole = panels * PANEL
     tiles = W[:whole].view(panels, PANEL, D)
-    if N <= 8:
-        product = torch.bmm(x.contiguous().expand(panels, N, D), tiles.transpose(1, 2))  # [panels, N, PANEL]
-        out[:, :whole].unflatten(1, (panels, PANEL)).copy_(product.transpose(0, 1))
-    else:
-        product = torch.bmm(tiles, x.T.contiguous().expand(panels, D, N))  # [panels, PANEL, N]
-        out[:, :whole].copy_(product.view(whole, N).T)
+    product = torch.bmm(x.contiguous().expand(panels, N, D), tiles.transpose(1, 2))  # [panels, N, PANEL]
+    out[:, :whole].unflatten(1, (panels, PANEL)).copy_(product.transpose(0, 1))
     out[:, :whole] += bias[:whole]
     if whole < F:
         torch.addmm(bias[whole:], x, W[whole:].T, out=out[:, whole:])

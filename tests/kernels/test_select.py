@@ -125,11 +125,12 @@ def test_chunking_changes_nothing(chunk, device, monkeypatch):
     same(kernels.select_threshold(x, W, b, scale), kernels.select_threshold_reference(x, W, b, scale))
 
 
-@pytest.mark.parametrize("N", [1, 2, 3, 8, 9, 32, 33])
+@pytest.mark.parametrize("N", [1, 2, 3, 4, 5, 8, 9, 17, 64, 65])
 @pytest.mark.parametrize("F", [8192, 8200])
 @pytest.mark.parametrize("latent_major", [True, False])
-def test_few_rows_take_other_gemms_to_the_same_scores(N, F, latent_major):
-    x, W, b, _ = integers(N, 5, F, "cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_few_rows_take_other_gemms_to_the_same_scores(N, F, latent_major, dtype):
+    x, W, b, _ = (t.to(dtype) for t in integers(N, 5, F, "cpu"))
     W = W if latent_major else W.contiguous()
     ((first, pre),) = scores.row_blocks(x, W, b)
     assert first == 0 and torch.equal(pre, x @ W + b)
