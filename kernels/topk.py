@@ -23,6 +23,7 @@ from .scores import CHUNK, chunk_gemm, nonzero_flat, row_blocks
 from .tiles import tile
 
 MOST_SLOTS = 8192  # keys a program can keep in registers
+FEW_SCORES = 1 << 17  # so few are searched at once: finding tiles first is ten small steps, each with cold caches
 CPU_TILE = 64  # measured: 32, 64, 128 within noise of each other at F 24,576, k 32
 
 
@@ -70,7 +71,7 @@ def _best(score: Tensor, k: int) -> Tensor:
 def _topk_rows(score: Tensor, k: int) -> Tensor:
     """The latents of each row's k best, ascending. score [R, F] -> [R, k] int64"""
     (R, F), width = score.shape, CPU_TILE
-    if k * width * 2 >= F:
+    if k * width * 2 >= F or R * F <= FEW_SCORES:
         return _best(score, k).sort(-1).values
     maxima = tile_maxima(score, width)
     chosen = _best(maxima, k).sort(-1).values  # [R, k] tiles, ascending

@@ -9,7 +9,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before fastsae.kernels defines its kernels
 
-from fastsae.kernels import backend
+from fastsae.kernels import backend, topk
 
 collect_ignore = [] if find_spec("sae_lens") else ["hosts"]  # test_hosts.py runs those in .venv-hosts
 
@@ -32,6 +32,7 @@ else:
 def seeded_and_poisoned(monkeypatch):
     """Seed everything; fill torch.empty with NaN, so that a kernel that leaves an output unwritten fails."""
     monkeypatch.setattr(backend, "INTERPRET", False)  # the torch path, unless a test asks for the kernels
+    monkeypatch.setattr(topk, "FEW_SCORES", 0)  # the few rows of a test are searched as many are
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
