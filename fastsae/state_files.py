@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .host_memory import fill
 from .strict_json import read_json, write_json
 
 HEADER_LIMIT = 1 << 20  # bytes, about ten thousand tensors; the parser would take seconds over the 100 MB it allows itself
@@ -73,7 +74,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            host = tensors[name].detach().cpu().contiguous()
+            host = tensors[name].detach().cpu()
+            if not host.is_contiguous():
+                host = fill(torch.empty(host.shape, dtype=host.dtype), host)
             file.write(host.view(-1).view(torch.uint8).numpy().data)
 
 

@@ -49,9 +49,17 @@ def save(
 
     `metadata` (model_name, hook_name, ...) is added to the SAE's own. `input_scale` is what the data were multiplied with in
     training; it is folded into the written copy, which takes data as they are. What the format cannot say is refused.
+    Files that are there already are replaced once the new ones are whole.
     """
-    Path(path).mkdir(parents=True, exist_ok=True)
-    _writer(format)(take_apart(sae, metadata, input_scale), Path(path))
+    writer, folder = _writer(format), Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staging:
+        writer(take_apart(sae, metadata, input_scale), Path(staging))
+        for name in FORMATS[format].FILES:
+            if (new := Path(staging) / name).exists():
+                new.replace(folder / name)
+            else:  # it belongs to the SAE that was here before
+                (folder / name).unlink(missing_ok=True)
 
 
 def convert(src: str | Path, dst: str | Path, to: str, allow_pickle: bool = False) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..activations import AbsTopK, Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
+from ..host_memory import fill
 from ..sae import SAE
 from .safe import FormatError
 
@@ -175,8 +176,8 @@ def put_together(parts: Parts, device: torch.device | str = "cpu", dtype: torch.
     sae = parts.skeleton(dtype)
     state: dict[str, Tensor] = {}
     for name, expected in sae.state_dict().items():
-        # a copy, so that the file can be replaced while the SAE lives
-        t = state[name] = parts.tensors[name].to(device, expected.dtype, copy=True)
+        # a copy, latent by latent as the SAE has it, and so that the file can be replaced while the SAE lives
+        t = state[name] = fill(torch.empty_like(expected, device=device), parts.tensors[name])
         # the sum is one pass; it may overflow without any non-finite value, so look closer before complaining
         if not torch.isfinite(t.sum()) and not torch.isfinite(t).all():
             raise FormatError(f"{name} has {int((~torch.isfinite(t)).sum())} non-finite values of {t.numel()}")

@@ -207,7 +207,6 @@ def write(parts: Parts, path: Path) -> None:
         beside["rescale_acts_by_decoder_norm"] = parts.rescale_acts_by_decoder_norm
         tensors["threshold"] = parts.threshold()
     write_json(path / CONFIG, cfg)
-    (path / BESIDE).unlink(missing_ok=True)
     save_tensors(path / WEIGHTS, tensors)
     if parts.activation in (BatchTopK, JumpReLU):
         write_json(path / BESIDE, beside)

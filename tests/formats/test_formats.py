@@ -46,6 +46,21 @@ def same(a: SAE, b: SAE) -> None:
     assert torch.equal(a(X.to(a.W_enc.dtype)), b(X.to(b.W_enc.dtype)))
 
 
+def test_an_sae_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    before, after = make("batchtopk"), make("topk")
+    fastsae.formats.save(before, tmp_path)
+    (tmp_path / "mine.txt").write_text("not of any format")
+    with monkeypatch.context() as patch:
+        patch.setattr(fastsae.formats.saelens, "save_tensors", lambda path, tensors: path.write_bytes(b"half") and 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fastsae.formats.save(after, tmp_path)
+    same(fastsae.formats.load(tmp_path), before)
+    (tmp_path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": 2.0}))
+    fastsae.formats.save(after, tmp_path)
+    same(fastsae.formats.load(tmp_path), after)  # neither the scaler nor the file beside a BatchTopK is its own
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["cfg.json", "mine.txt", "sae_weights.safetensors"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_saved_is_loaded(tmp_path, activation, dtype):
