@@ -80,12 +80,14 @@ def exactly(*args: Any) -> Any:
     return torch.autocast(next((t.device.type for t in args if isinstance(t, Tensor)), "cpu"), enabled=False)
 
 
+@functools.cache
 def keep_freed_memory() -> None:
     """Let a loop on a CPU use its temporaries' memory again, instead of a page fault every 4 KB.
 
     glibc returns freed memory to the kernel above a size that it learns from the largest block it saw freed, of up to 32 MB.
+    One is shown to it here, once, and never touched.
     """
-    torch.empty(31 << 20, dtype=torch.uint8)
+    bytearray(31 << 20)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
