@@ -115,19 +115,25 @@ class BatchTopK(TopK):
         super().__init__(k)
         self.threshold_lr = threshold_lr
         self.register_buffer("threshold", torch.tensor(threshold, dtype=torch.float64))
-        self.knows_threshold = threshold >= 0  # beside the buffer, since reading that one waits for the GPU
+        self._known = False
         self.register_load_state_dict_post_hook(BatchTopK._loaded)
 
     def attach(self, d_sae: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().attach(d_sae, device, dtype)
         self.threshold = self.threshold.to(device)
 
+    @property
+    def knows_threshold(self) -> bool:
+        """Whether eval has a threshold to fire above. Waits for a GPU until it once has, since then it always does."""
+        self._known = self._known or bool(self.threshold >= 0)
+        return self._known
+
     def _loaded(self, *_: object) -> None:
         self.set_threshold(self.threshold)
 
     def set_threshold(self, threshold: Tensor | float) -> None:
         self.threshold = torch.as_tensor(threshold, dtype=torch.float64, device=self.threshold.device)
-        self.knows_threshold = bool(self.threshold >= 0)
+        self._known = False
 
     def _apply(self, fn: Any, recurse: bool = True) -> "BatchTopK":
         exact = self.threshold
@@ -142,10 +148,8 @@ class BatchTopK(TopK):
         if not scores.numel():
             return
         least = torch.where(values > 0, scores, torch.inf).min().double()
-        if self.knows_threshold:
-            least = self.threshold + self.threshold_lr * (least - self.threshold)
+        least = torch.where(self.threshold >= 0, self.threshold + self.threshold_lr * (least - self.threshold), least)
         self.threshold = torch.where(least.isfinite(), least, self.threshold.clamp(min=0))
-        self.knows_threshold = True
 
     def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, select_scale: Tensor | None = None) -> SparseCode:
         if self.training or not self.knows_threshold:

@@ -1,4 +1,4 @@
-"""What a finished SAE does on activations that it was not trained on, and to the model they come from."""
+"""What a finished SAE does on activations, held-out ones where the data have such, and to the model they come from."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,7 +11,7 @@ from torch import Tensor
 from . import formats
 from .config import TrainConfig
 from .data.models import LanguageModel
-from .data.open import chosen_device, excluded, load_model, open_source, open_tokens
+from .data.open import Load, chosen_device, excluded, have_held_out, load_model, open_source, open_tokens
 from .data.source import Batch, fields
 from .interrupt import poll
 from .metrics import evaluate
@@ -51,18 +51,22 @@ def finished_saes(run: Path) -> dict[str, Path]:
     return found
 
 
-def evaluate_run(run: Path, device: str = "auto", batches: int = 16) -> dict[str, dict[str, float]]:
-    """The metrics of each SAE of a run, on data of its kind that it has not seen where such are to be had."""
-    members = read_config(run).members()
-    folders = finished_saes(run)
-    model = _model(next(iter(members.values())), device)  # a sweep shares it
+def evaluate_run(
+    run: Path, device: str = "auto", batches: int = 16, load: Load = load_model
+) -> dict[str, dict[str, float]]:
+    """The metrics of each SAE of a run, on data of its kind; "held_out" says whether it has not seen them."""
+    config = read_config(run)
+    members, folders = config.members(), finished_saes(run)
+    model = _model(config, device, load)  # a sweep shares it
     return {
-        name: evaluate_sae(formats.load(folder), members[name], device, batches, model) for name, folder in folders.items()
+        name: evaluate_sae(formats.load(folder), members[name], device, batches, model)
+        | {"held_out": float(have_held_out(config.data))}
+        for name, folder in folders.items()
     }
 
 
-def _model(config: TrainConfig, device: str) -> LanguageModel | None:
-    return load_model(config.data, chosen_device(device)) if config.data.source == "model" else None
+def _model(config: TrainConfig, device: str, load: Load = load_model) -> LanguageModel | None:
+    return load(config.data, chosen_device(device)) if config.data.source == "model" else None
 
 
 def evaluate_sae(
@@ -96,10 +100,13 @@ def _rows(batches: Iterable[Batch], config: TrainConfig, sae: SAE) -> Iterator[t
 
 
 def table(found: Mapping[str, Mapping[str, float]]) -> str:
-    """One row for each SAE."""
+    """One row for each SAE, and whether the data were open to training."""
     shown = {key: what for key, what in SHOWN.items() if any(key in values for values in found.values())}
     rows = [["", *(title for title, _ in shown.values())]]
     for name, values in found.items():
         rows.append([name, *(form.format(values[key]) if key in values else "" for key, (_, form) in shown.items())])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if not all(values.get("held_out", True) for values in found.values()):
+        lines.append("on data that training read too: they have no held-out part")
+    return "\n".join(lines)

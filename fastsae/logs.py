@@ -31,14 +31,22 @@ SHOWN = {
 
 
 class Log:
-    """metrics.jsonl always; a logger that fails is dropped with one warning, and the run goes on."""
+    """metrics.jsonl always; a logger that fails is dropped with one warning, and the run goes on.
 
-    def __init__(self, config: TrainConfig, run: Path):
-        self.path = run / "metrics.jsonl"
-        self._file = self.path.open("a")
+    A run that goes on from `step` forgets what an attempt wrote after it that did not live to save.
+    """
+
+    def __init__(self, config: TrainConfig, run: Path, step: int):
+        path = run / "metrics.jsonl"
+        path.touch()
+        lines = [line for line in path.read_text().splitlines() if _step(line) <= step]
+        staged = path.with_suffix(".tmp")
+        staged.write_text("".join(line + "\n" for line in lines))
+        staged.replace(path)
+        self._file = path.open("a")
         self._sinks: dict[str, Sink] = {}
         for name in config.loggers:
-            self._guarded(name, lambda name=name: self._sinks.update({name: SINKS[name](config, run)}))
+            self._guarded(name, lambda name=name: self._sinks.update({name: SINKS[name](config, run, step)}))
 
     def write(self, step: int, found: Metrics) -> None:
         for name, metrics in found.items():
@@ -47,15 +55,6 @@ class Log:
         flat = {f"{name}/{key}" if name else key: value for name, metrics in found.items() for key, value in metrics.items()}
         for name, (send, _) in list(self._sinks.items()):
             self._guarded(name, lambda send=send: send(step, flat))
-
-    def cut(self, step: int) -> None:
-        """Forget what was written after `step`: a run goes on from there."""
-        self._file.close()
-        lines = [line for line in self.path.read_text().splitlines() if _step(line) <= step]
-        staged = self.path.with_suffix(".tmp")
-        staged.write_text("".join(line + "\n" for line in lines))
-        staged.replace(self.path)
-        self._file = self.path.open("a")
 
     def close(self) -> None:
         self._file.close()
@@ -77,17 +76,22 @@ def _step(line: str) -> int:
         return sys.maxsize
 
 
-def _wandb(config: TrainConfig, run: Path) -> Sink:
-    wandb = need("wandb", "wandb")
-    session: Any = wandb.init(project=config.wandb_project, name=run.name, dir=str(run), config=to_dict(config))
+def _wandb(config: TrainConfig, run: Path, step: int) -> Sink:
+    """A run that goes on is the same run there."""
+    wandb, kept = need("wandb", "wandb"), run / "wandb-id"
+    known = kept.read_text() if step and kept.is_file() else None
+    session: Any = wandb.init(
+        project=config.wandb_project, name=run.name, dir=str(run), config=to_dict(config), id=known, resume="allow"
+    )
+    kept.write_text(session.id)
     return lambda step, metrics: session.log(metrics, step=step), session.finish
 
 
-def _tensorboard(config: TrainConfig, run: Path) -> Sink:
+def _tensorboard(config: TrainConfig, run: Path, step: int) -> Sink:
     need("tensorboard", "tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
-    writer: Any = SummaryWriter(str(run / "tensorboard"))
+    writer: Any = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def send(step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():

@@ -104,8 +104,13 @@ def fvu(r: Reconstruction, target: Tensor, levels: Sequence[float] | None = None
 
 def variance(rows: Tensor) -> Tensor:
     """mean_n |rows[n] - mean of rows|²"""
+    return row_variances(rows).mean()
+
+
+def row_variances(rows: Tensor) -> Tensor:
+    """|rows[n] - mean of rows|² [N]"""
     rows = rows.reshape(-1, rows.shape[-1]).to(accumulator(rows.dtype))
-    return (rows - rows.mean(0)).square().sum(1).mean()
+    return (rows - rows.mean(0)).square().sum(1)
 
 
 def _weighted(per_level: Tensor, levels: Sequence[float] | None) -> Tensor:

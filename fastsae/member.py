@@ -13,6 +13,7 @@ from torch import Tensor
 from . import losses, schedules
 from .activations import BatchTopK, TopK
 from .config import TrainConfig
+from .data.origin import origin
 from .data.source import Batch
 from .dead import DeadLatents, dead_latents, slots_for
 from .formats.parts import put_together, take_apart
@@ -36,6 +37,7 @@ class Member:
     def __init__(self, config: TrainConfig, d_in: int, d_out: int | None, device: torch.device):
         self.config, self.device = config, device
         self.objective = Objective(config)
+        self.origin = origin(config.data)
         self.stepper = stepper(config, build(config.sae, d_in, d_out, device, config.seed))
         self.sae = self.stepper.sae
         self.dead_window = config.loss.dead_window or default_dead_window(config.tokens)
@@ -51,7 +53,7 @@ class Member:
         self.slots = 0
         """For dead latents, in a step."""
         self._window_fired = torch.zeros(F, dtype=torch.float64, device=device)
-        self._window_rows = 0
+        self._window_rows = torch.zeros((), dtype=torch.int64, device=device)
         self._last: tuple[Outcome, Tensor] | None = None
 
     # ── a batch ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -88,26 +90,30 @@ class Member:
             self._refuse(step)  # a GPU says so by its loss
             return
         dead = self._dead(step)
+        observed = [buffer.clone() for buffer in sae.activation.buffers()]
         outcomes: list[Outcome] = []
         size = self.config.optim.micro_batch or x.shape[0]
         for rows, goal in zip(x.split(size), target.split(size), strict=True):
             outcome = self.objective(sae, rows, goal, dead, step)
             (outcome.loss * (rows.shape[0] / x.shape[0])).backward()
             outcomes.append(outcome)
-        self._count(outcomes, x.shape[0])
         self._last = outcomes[-1], target[-outcomes[-1].sse.shape[0] :]
 
         loss = torch.stack([o.loss.detach().double() for o in outcomes]).mean()
         fine = loss.isfinite()
         if (spike := self.config.optim.spike) is not None:  # without a mean, NaN, nothing is one
             fine = fine & ~(loss > spike * self.mean_loss)
-        if self.config.optim.on_nonfinite == "stop" and not loss.isfinite():
+        stop = self.config.optim.on_nonfinite == "stop"
+        if stop and not loss.isfinite():
             raise NonFinite(f"the loss of step {step} is {float(loss)}: the weights stay as they were; lower lr")
-        lr = learning_rate(self.config.optim, sae.d_sae) * self._lr_factor(step)
-        fine = self.stepper.step(fine, lr)
+        updated = self.stepper.step(fine, self._lr(step))
+        if stop and (fine & ~updated or self.stepper.skipped_rows() > 0):
+            raise NonFinite(f"a gradient of step {step} is not finite: no weight has seen it; lower lr")
         self._remember(loss)
-        self.skipped += ~fine
-        self._resample(step, x, target, outcomes)
+        for buffer, before in zip(sae.activation.buffers(), observed, strict=True):
+            buffer.copy_(torch.where(updated, buffer, before))
+        self._count(outcomes, x.shape[0], updated)
+        self._resample(step, x, target, outcomes, updated)
 
     def _remember(self, loss: Tensor) -> None:
         """A spike counts as the least one, so that what stays is soon none."""
@@ -120,9 +126,10 @@ class Member:
             raise NonFinite(f"the activations of step {step} are not finite: the weights stay as they were; look at the data")
         self.skipped += 1
 
-    def _lr_factor(self, step: int) -> float:
+    def _lr(self, step: int) -> float:
         o, total = self.config.optim, self.config.steps
-        return schedules.warm_up(step + 1, o.lr_warm_up) * schedules.decay(step, max(0, total - o.lr_decay), total)
+        factor = schedules.warm_up(step + 1, o.lr_warm_up) * schedules.decay(step, max(0, total - o.lr_decay), total)
+        return learning_rate(o, self.sae.d_sae) * factor
 
     def _set_k(self, step: int) -> None:
         o = self.config.optim
@@ -138,18 +145,21 @@ class Member:
         return found._replace(padded=self.device.type != "cpu")
 
     @torch.no_grad()
-    def _count(self, outcomes: Sequence[Outcome], rows: int) -> None:
+    def _count(self, outcomes: Sequence[Outcome], rows: int, updated: Tensor) -> None:
+        """A batch that made no update is counted as skipped and nowhere else."""
         fired = torch.stack([o.fired for o in outcomes]).sum(0)
-        self.since_fired = torch.where(fired > 0, 0, self.since_fired + rows)
-        self._window_fired += fired
-        self._window_rows += rows
+        since_fired = torch.where(fired > 0, 0, self.since_fired + rows)
+        self.since_fired = torch.where(updated, since_fired, self.since_fired)
+        self._window_fired += fired * updated
+        self._window_rows += rows * updated
+        self.skipped += ~updated
 
-    def _resample(self, step: int, x: Tensor, target: Tensor, outcomes: Sequence[Outcome]) -> None:
+    def _resample(self, step: int, x: Tensor, target: Tensor, outcomes: Sequence[Outcome], updated: Tensor) -> None:
         if self.objective.dead != "resample":
             return
         every = self.config.loss.resample_every or self.dead_window
         batch = self.config.batch_size
-        if (step + 1) * batch // every == step * batch // every:
+        if (step + 1) * batch // every == step * batch // every or not updated:
             return
         dead = (self.since_fired > self.dead_window).nonzero().squeeze(1)[: self.config.loss.dead_cap]
         sse = torch.cat([o.sse for o in outcomes])
@@ -161,29 +171,38 @@ class Member:
     # ── what is said and what is kept ────────────────────────────────────────────────────────────────────────────────────
 
     def measure(self, step: int) -> dict[str, float]:
-        """Under SAELens' names: losses of the last batch, L0 and frequencies since this was last called. Reads the device."""
+        """After `step` steps, under SAELens' names: losses of the last batch, L0 and frequencies since this was last called.
+
+        Learning rate and coefficients are, as there, those of the step to come. Reads the device.
+        """
         if self._last is None:
             return {"sparsity/skipped_steps": float(self.skipped)}
         outcome, target = self._last
-        sse = float(outcome.sse.mean())
-        frequency = self._window_fired / max(self._window_rows, 1)
+        variances = losses.row_variances(target)
+        explained = 1 - outcome.sse / variances
+        frequency = self._window_fired / self._window_rows.clamp(min=1)
         found = {f"losses/{name}": float(value) for name, value in outcome.terms.items()}
         found |= {
-            "metrics/explained_variance": 1 - sse / max(float(losses.variance(target)), 1e-30),
+            "metrics/explained_variance": 1 - float(outcome.sse.mean()) / max(float(variances.mean()), 1e-30),
+            "metrics/explained_variance_legacy": float(explained.mean()),
+            "metrics/explained_variance_legacy_std": float(explained.std()),
             "metrics/l0": float(frequency.sum()),
+            "metrics/mean_log10_feature_sparsity": float((frequency + 1e-10).log10().mean()),
+            "sparsity/mean_passes_since_fired": float(self.since_fired.double().mean()) / self.config.batch_size,
             "sparsity/dead_features": float((self.since_fired > self.dead_window).sum()),
             "sparsity/below_1e-5": float((frequency < 1e-5).sum()),
             "sparsity/below_1e-6": float((frequency < 1e-6).sum()),
             "sparsity/skipped_steps": float(self.skipped),
             "sparsity/skipped_rows": float(self.stepper.skipped_rows()),
-            "details/current_learning_rate": self.stepper.optimizer.param_groups[0]["lr"],
+            "details/current_learning_rate": self._lr(step),
             "details/n_training_samples": float(step * self.config.batch_size),
         }
+        found |= {f"details/{name}": value for name, value in self.objective.coefficients(step).items()}
         if isinstance(self.sae.activation, BatchTopK):
             found["metrics/topk_threshold"] = float(self.sae.activation.threshold)
         self.slots = slots_for(int(found["sparsity/dead_features"]), self.config.loss.dead_cap)
         self._window_fired.zero_()
-        self._window_rows = 0
+        self._window_rows.zero_()
         return found
 
     def finished(self) -> SAE:
@@ -193,18 +212,7 @@ class Member:
 
     def metadata(self, step: int) -> dict[str, Any]:
         """Where the SAE belongs, under SAELens' names."""
-        data = self.config.data
-        if data.source != "model":
-            return {"training_step": step}
-        return {
-            "training_step": step,
-            "model_name": data.model,
-            "hook_name": data.hook,
-            **({"hook_name_out": data.target_hook} if data.target_hook else {}),
-            "dataset_path": data.dataset,
-            "context_size": data.context,
-            "prepend_bos": True,
-        }
+        return {"training_step": step, **self.origin}
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -218,7 +226,7 @@ class Member:
             "slots": self.slots,
             "random": self.random.get_state(),
             "window_fired": self._window_fired,
-            "window_rows": self._window_rows,
+            "window_rows": int(self._window_rows),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -228,4 +236,4 @@ class Member:
             setattr(self, name, state[name].to(self.device))
         self.random.set_state(state["random"])
         self._window_fired = state["window_fired"].to(self.device)
-        self._window_rows = state["window_rows"]
+        self._window_rows.fill_(state["window_rows"])

@@ -78,14 +78,23 @@ class Objective:
             terms["auxiliary_reconstruction_loss"] = found.gate_sse.mean()
             loss = loss + terms["auxiliary_reconstruction_loss"]
         if found.cost is not None:
-            coefficient = self.settings.coefficient * schedules.warm_up(step, self.settings.warm_up)
-            terms[NAMES[self.sparsity]] = coefficient * self._of_rows(found.cost, step)
+            terms[NAMES[self.sparsity]] = self.coefficient(step) * self._of_rows(found.cost, step)
             loss = loss + terms[NAMES[self.sparsity]]
         if dead is not None and self.dead in NAMES:
             terms[NAMES[self.dead]] = self.settings.dead_coefficient * self._revive(sae, x, found.error, dead)
             loss = loss + terms[NAMES[self.dead]]
         terms = {"overall_loss": loss, **terms}
         return Outcome(loss, {name: t.detach() for name, t in terms.items()}, found.fired, found.sse[:, -1].detach())
+
+    def coefficient(self, step: int) -> float:
+        """The weight of the sparsity term."""
+        return self.settings.coefficient * schedules.warm_up(step, self.settings.warm_up)
+
+    def coefficients(self, step: int) -> dict[str, float]:
+        """The same under SAELens' name; nothing where there is no such term."""
+        if self.sparsity == "none":
+            return {}
+        return {NAMES[self.sparsity].replace("loss", "coefficient"): self.coefficient(step)}
 
     def _by_entry(self, sae: SAE, x: Tensor, target: Tensor, norms: Tensor | None, step: int) -> "_Found | None":
         """None where the code is not sparse."""

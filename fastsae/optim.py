@@ -37,8 +37,11 @@ class FusedAdam(torch.optim.Optimizer):
     """Adam as torch has it (L2 weight decay), with the decoder optionally kept at unit norm.
 
     `max_norm` clips the global norm of all gradients, exactly, by a second pass over the factors. `unit_norm` removes the
-    part of W_dec's gradient along each row and renormalises the row after the update. A row, or a small parameter, whose
-    gradient is not finite keeps its value: `skipped` counts them, on the device.
+    part of W_dec's gradient along each row and renormalises the row after the update.
+
+    A gradient that is not finite moves no weight. Where `max_norm` asks for the norm of them all, the whole step is left out:
+    `updated`, on the device, says whether the last one was made. Otherwise the row, or the small parameter, that it belongs to
+    keeps its value: `skipped` counts them, on the device.
 
     With `master="split"` the SAE becomes bf16, in place, and what rounding takes from its parameters is kept here.
     `seed` is for the rounding of bf16 moments, which is a function of it, the step, row and column.
@@ -78,6 +81,7 @@ class FusedAdam(torch.optim.Optimizer):
         super().__init__(sae.parameters(), {**options, "master": master, "moments": moments, "seed": seed})
         self.sae, self.max_norm, self.unit_norm = sae, max_norm, unit_norm
         self.skipped = torch.zeros((), dtype=torch.int64, device=sae.W_dec.device)
+        self.updated = torch.zeros((), dtype=torch.bool, device=sae.W_dec.device)
         if master == "split":
             for p in sae.parameters():
                 whole = p.data
@@ -164,7 +168,10 @@ class FusedAdam(torch.optim.Optimizer):
         clip = torch.ones((), device=live.device, dtype=accumulator(sae.W_dec.dtype))
         if self.max_norm is not None:
             squares = [m.squares() for m in matrices] + [p.grad.to(clip.dtype).square().sum() for p in small]
-            clip = (self.max_norm / (torch.stack(squares).sum().sqrt() + 1e-6)).clamp(max=1)
+            norm = torch.stack(squares).sum().sqrt()
+            live = live * norm.isfinite()
+            clip = (self.max_norm / (norm + 1e-6)).clamp(max=1)
+        self.updated = live.bool()
         for i, m in enumerate(matrices):
             self.skipped += m.update(group, 2 * group["seed"] + i, live, clip)
         for p in small:

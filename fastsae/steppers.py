@@ -101,7 +101,7 @@ class Fused(Stepper):
         self.adam.step(finite=fine)
         self.adam.zero_grad()
         self.sae.activation.project()
-        return fine
+        return self.adam.updated
 
     def release(self) -> None:
         self.adam.release()

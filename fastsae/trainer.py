@@ -23,7 +23,7 @@ from torch import Tensor
 from . import formats
 from .checkpoint import newest, run_lock, write_checkpoint
 from .config import TrainConfig, with_values
-from .data.open import chosen_device, opened
+from .data.open import Load, chosen_device, load_model, opened
 from .data.source import Batch, NotResumable, Source, as_source, batch_of, fields
 from .formats.safe import FormatError
 from .interrupt import Interrupt, Interrupted, poll
@@ -83,10 +83,13 @@ def _only(found: dict[str, Any], what: str) -> Any:
     return next(iter(found.values()))
 
 
-def train(config: TrainConfig, source: Iterable[Batch] | None = None, quiet: bool = False) -> Run:
+def train(
+    config: TrainConfig, source: Iterable[Batch] | None = None, quiet: bool = False, load: Load = load_model
+) -> Run:
     """Train what `config` describes, on its own data or on batches of `source`, of any number of rows each.
 
-    SIGTERM and SIGINT save a checkpoint and raise Interrupted. Called again, it goes on from the newest checkpoint.
+    SIGTERM and SIGINT save a checkpoint and raise Interrupted. Called again, it goes on from the newest checkpoint. `load` is
+    how to come by the language model, where somebody else needs it too.
     """
     if source is not None:
         config = with_values(config, {"source": "given"})
@@ -97,7 +100,7 @@ def train(config: TrainConfig, source: Iterable[Batch] | None = None, quiet: boo
         resumed = newest(run)
         _remember(config, run, resumed)
         device = chosen_device(config.device)
-        with opened(config, None if source is None else as_source(source), device, poll) as data:
+        with opened(config, None if source is None else as_source(source), device, poll, load) as data:
             training = _Training(config, run, data, device, interrupt, quiet)
             return training.run(resumed)
 
@@ -133,15 +136,14 @@ class _Training:
         """Batches that were looked at and not yet trained on."""
         self.saved: int | None = None
         """The step of the newest checkpoint."""
-        self.log = Log(config, run)
 
     # ── from start to end ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def run(self, resumed: Path | None) -> Run:
+        if resumed is not None:
+            self._resume(resumed)
+        self.log = Log(self.config, self.path, self.step)
         try:
-            if resumed is not None:
-                self._resume(resumed)
-            self.log.cut(self.step)  # what an attempt wrote that did not live to save
             if not self.members:
                 self._begin()
             if not self.quiet:
@@ -205,7 +207,7 @@ class _Training:
         return batch
 
     def _evaluate(self, saes: dict[str, SAE]) -> dict[str, Evaluation]:
-        """On batches that nobody has trained on."""
+        """On the batches that come next: nobody has trained on them, unless the data have begun again."""
         fresh: list[Batch] = []
         while len(fresh) < EVAL_BATCHES and (batch := next(self.data, None)) is not None:
             fresh.append(batch)

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import transformers
 import yaml
 from hypothesis import given
 from test_config import CONFIGS
@@ -15,6 +16,7 @@ from fastsae import cli
 from fastsae.cli.doctor import faults
 from fastsae.cli.parse import train_config, write_yaml
 from fastsae.config import TrainConfig
+from fastsae.data import LanguageModel, Superposition, write_shards
 from fastsae.settings import to_dict
 
 SMALL = ["--source", "synthetic", "--d-in", "16", "--features", "32", "--active", "3", "--buffer", "64", "--batch-size", "32",
@@ -124,6 +126,28 @@ def test_train_eval_plot_and_go_on(tmp_path, capsys):
     assert cli.main(["train", *SMALL, "--out", str(run)]) == 0, "a finished run is not trained again"
     assert cli.main(["train", *SMALL, "--out", str(run), "--k", "4"]) == 2, "nor with other settings"
     assert cli.main(["train", *SMALL, "--out", str(run), "--resume", "never"]) == 2
+
+
+def test_the_language_model_is_loaded_once_and_quietly(tmp_path, monkeypatch, capfd):
+    loads, load = [], LanguageModel.load
+    monkeypatch.setattr(LanguageModel, "load", lambda *a: loads.append(a) or load(*a))
+    tiny = ["--tokens", "256", "--batch-size", "64", "--buffer", "256", "--context", "16", "--sequences", "8", "--d-sae", "64"]
+    sweep = ["--k", "4", "--sweep", "hook=blocks.0.hook_resid_post,blocks.1.hook_resid_post"]
+    assert cli.main(["train", *tiny, *sweep, "--out", str(tmp_path / "run")]) == 0
+    said = capfd.readouterr()
+    assert len(loads) == 1 and "Loading weights" not in said.err
+    assert "CE recovered" in said.out and "held-out" not in said.out
+    assert transformers.utils.logging.is_progress_bar_enabled()
+
+
+def test_data_without_a_held_out_part_are_named_as_such(tmp_path, capsys):
+    write_shards(Superposition(16, 32, 3.0, batch_size=64), tmp_path / "acts", rows=2_000)
+    shards = ["--source", "shards", "--path", str(tmp_path / "acts")]
+    assert cli.main(["train", *SMALL, *shards, "--out", str(tmp_path / "run")]) == 0
+    assert "on data that training read too" in capsys.readouterr().out
+    assert cli.main(["eval", str(tmp_path / "run"), "--json", str(tmp_path / "e.json")]) == 0
+    assert "on data that training read too" in capsys.readouterr().out
+    assert json.loads((tmp_path / "e.json").read_text())[""]["held_out"] == 0
 
 
 def test_convert_and_back(tmp_path):

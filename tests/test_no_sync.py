@@ -5,14 +5,18 @@ are off, as they are on a GPU. What a C++ operator does inside is out of sight. 
 for, and it does read: the bounds of segments, how many rows were skipped, where ties are torn.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime import interpreter
 
-from fastsae import SAE, AbsTopK, TopK, losses
+from fastsae import SAE, AbsTopK, BatchTopK, TopK, losses
+from fastsae.config import DataConfig, LossConfig, OptimConfig, SAEConfig, TrainConfig
 from fastsae.dead import dead_latents, without_padding
 from fastsae.kernels import backend, check
+from fastsae.member import Member
 from fastsae.optim import FusedAdam
 
 D, F, N = 4, 12, 3
@@ -76,6 +80,36 @@ def test_a_step_reads_nothing(activation, options, as_on_a_gpu):
             loss.backward()
             optimizer.step(finite=loss.isfinite())
     assert optimizer.skipped == 0 and not torch.equal(optimizer.master_weights()["W_dec"], before)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
+def test_a_member_reads_nothing_between_log_steps(as_on_a_gpu):
+    """Guards and counters too."""
+    config = TrainConfig(
+        sae=SAEConfig(k=2, d_sae=F),
+        loss=LossConfig(dead_window=2, auxk=2),
+        optim=OptimConfig(spike=2.0),
+        data=DataConfig(buffer=N),
+        tokens=9 * N,
+        batch_size=N,
+    )
+    member = Member(config, D, None, torch.device("cpu"))
+    member.device, member.view = SimpleNamespace(type="cuda"), lambda batch: (batch, batch)
+    member.step(torch.randn(N, D), 0)
+    member.slots = 3
+    with NoReads():
+        for step in range(1, 3):
+            member.step(torch.randn(N, D) * 100 ** (step - 1), step)
+    assert int(member.skipped) == 1
+
+
+def test_a_threshold_follows_without_being_read():
+    sae = SAE(D, F, BatchTopK(2))
+    code = sae.encode_sparse(torch.randn(N, D))
+    with NoReads():
+        for _ in range(2):
+            sae.activation.observe(code)
+    assert sae.activation.knows_threshold
 
 
 def test_the_guard_sees_reads():

@@ -1,10 +1,13 @@
 """The training loop: what a step does to weights and counters, and that a stopped run goes on bit for bit."""
 
+import copy
 import dataclasses
 import json
 import math
 import os
 import signal
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from fastsae.data.source import NotResumable
 from fastsae.interrupt import Interrupted
 from fastsae.logs import SINKS
 from fastsae.member import Member, NonFinite
+from fastsae.objective import Objective
 from fastsae.resample import resample
 from fastsae.state_files import load_tree
 from fastsae.trainer import DataEnded, OutOfMemory, train
@@ -160,29 +164,85 @@ def test_a_weight_that_is_not_finite_moves_no_other(name):
         assert torch.equal(a[~a.isnan()], b[~a.isnan()]) or name in ("W_enc", "b_enc")
 
 
-@pytest.mark.parametrize("optimizer", ["fused_adam", "Adam"])
-def test_a_gradient_that_is_not_finite(optimizer, monkeypatch):
-    made = member(optimizer=optimizer)
-    some_steps(made)
-    made.sae.W_dec.register_hook(lambda g: g) if optimizer == "Adam" else None
-    before = weights(made)
-    real = type(made.objective).__call__
+def poison(monkeypatch, factor):
+    """Gradients, and not the loss, times that."""
+    real = Objective.__call__
 
     def poisoned(*arguments):
         outcome = real(*arguments)
-        outcome.loss.register_hook(lambda g: g * math.nan)
+        outcome.loss.register_hook(lambda g: g * factor)
         return outcome
 
-    monkeypatch.setattr(type(made.objective), "__call__", poisoned)
+    monkeypatch.setattr(Objective, "__call__", poisoned)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(("optimizer", "max_norm"), [("fused_adam", 1.0), ("fused_adam", None), ("Adam", 1.0), ("Adam", None)])
+def test_a_gradient_that_is_not_finite(optimizer, max_norm, bad, monkeypatch):
+    """Skips the step where a norm of all of them is taken, else the rows that it belongs to."""
+    made = member(optimizer=optimizer, max_norm=max_norm)
+    some_steps(made)
+    before, untouched = weights(made), made.since_fired.clone()
+    poison(monkeypatch, bad)
     made.step(torch.randn(32, 16), 3)
-    assert all(torch.equal(a, b) for a, b in zip(before, weights(made), strict=True))
+    after = weights(made)
+    assert all(torch.equal(p[~q.isfinite()], q[~q.isfinite()]) for p, q in zip(before, after, strict=True))
+    by_row = optimizer == "fused_adam" and max_norm is None
+    assert by_row or all(torch.equal(p, q) for p, q in zip(before, after, strict=True))
+    assert torch.equal(made.since_fired, untouched) != by_row
     found = made.measure(4)
-    assert found["sparsity/skipped_steps"] + found["sparsity/skipped_rows"] > 0
+    assert found["sparsity/skipped_steps"] == (not by_row) and (found["sparsity/skipped_rows"] > 0) == by_row
 
 
-def test_stop_instead_of_skip(tmp_path):
-    with pytest.raises(NonFinite, match="not finite"):
-        train(small(tmp_path / "run", on_nonfinite="stop"), [torch.full((64, 16), math.nan)], quiet=True)
+SPOILT = {
+    "a spike": lambda patch, x: x * 1000,
+    "a gradient": lambda patch, x: poison(patch, math.nan) or x,
+    "an input": lambda patch, x: torch.full_like(x, math.nan),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
+@pytest.mark.parametrize("changes", [{"activation": "batchtopk"}, {"micro_batch": 8}, {"dead": "resample"}], ids=str)
+def test_a_skipped_step_leaves_everything_as_it_was(changes, spoil, monkeypatch):
+    made = member(spike=5.0, dead_window=32, **changes)  # and every step is one that resamples
+    some_steps(made)
+    before = copy.deepcopy(made.state_dict())
+    made.step(spoil(monkeypatch, torch.randn(32, 16)), 3)
+    after = made.state_dict()
+    assert after["skipped"] == before["skipped"] + 1
+    for name in ("skipped", "mean_loss", "slots"):  # the guard's own, and what was dead when the step began
+        del before[name], after[name]
+    assert_same(before, after)
+
+
+def test_a_first_step_that_is_skipped_sets_no_threshold(monkeypatch):
+    made, calm = member(activation="batchtopk"), member(activation="batchtopk")
+    with monkeypatch.context() as patch:
+        poison(patch, math.nan)
+        made.step(torch.randn(32, 16), 0)
+    assert not made.sae.activation.knows_threshold
+    x = torch.randn(32, 16)
+    for m in (made, calm):
+        m.step(x, 1)
+    assert made.sae.activation.knows_threshold
+    assert torch.equal(made.sae.activation.threshold, calm.sae.activation.threshold)
+
+
+@pytest.mark.parametrize(("optimizer", "max_norm"), [("fused_adam", 1.0), ("fused_adam", None), ("Adam", None)])
+def test_stop_instead_of_skip(optimizer, max_norm, tmp_path, monkeypatch):
+    settings = {"on_nonfinite": "stop", "optimizer": optimizer, "max_norm": max_norm}
+    with pytest.raises(NonFinite, match="activations of step 0 are not finite"):
+        train(small(tmp_path / "x", **settings), [torch.full((64, 16), math.nan)], quiet=True)
+    poison(monkeypatch, math.nan)
+    with pytest.raises(NonFinite, match="a gradient of step 0 is not finite"):
+        train(small(tmp_path / "gradient", **settings), quiet=True)
+
+
+def test_a_spike_stops_nothing():
+    made = member(spike=5.0, on_nonfinite="stop")
+    some_steps(made)
+    made.step(torch.randn(32, 16) * 1000, 3)
+    assert int(made.skipped) == 1
 
 
 def test_a_spike_is_skipped_and_forgotten():
@@ -333,7 +393,7 @@ def test_only_the_newest_checkpoints_stay(tmp_path):
 
 
 def test_a_logger_that_fails_is_dropped(tmp_path, monkeypatch):
-    def sink(config, run):
+    def sink(config, run, step):
         def send(step, metrics):
             raise OSError("no network")
 
@@ -343,6 +403,29 @@ def test_a_logger_that_fails_is_dropped(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="wandb gets no more metrics.*no network"):
         train(small(tmp_path / "run", loggers=("wandb",)), quiet=True)
     assert [line["step"] for line in lines(tmp_path / "run")] == [4, 8, 12]
+
+
+def test_a_run_that_goes_on_is_the_same_run_of_wandb(tmp_path, monkeypatch):
+    """One that begins anew in the folder, having saved nothing, is another."""
+    made, sent = [], []
+
+    def init(**settings):
+        made.append((settings["id"], settings["resume"]))
+        log = lambda metrics, step: sent.append(step)  # noqa: E731
+        return SimpleNamespace(id=settings["id"] or f"run-{len(made)}", log=log, finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    config = small(tmp_path / "run", loggers=("wandb",))
+    for stop, error in ((2, RuntimeError), (2, Interrupted), (6, Interrupted)):
+        with monkeypatch.context() as patch, pytest.raises(error):
+            patch.setattr(Member, "step", signalling(Member.step, stop) if error is Interrupted else failing)
+            train(config, quiet=True)
+    train(config, quiet=True)
+    assert made == [(None, "allow"), (None, "allow"), ("run-2", "allow"), ("run-2", "allow")] and sent == [4, 8, 12]
+
+
+def failing(*_):
+    raise RuntimeError
 
 
 def test_resampled_latents_point_at_what_was_missed():

@@ -12,7 +12,10 @@ from ..config import DataConfig, TrainConfig
 from ..strict_json import finite, write_json
 from .parse import flags
 
-DESCRIPTION = "What an SAE does on activations that it was not trained on, and to the language model they come from."
+DESCRIPTION = (
+    "What an SAE does on activations, and to the language model they come from. A run's SAEs are measured on data of its kind, "
+    "held out where there are such; the SAE of a folder on the data named, by the model and hooks in its files unless given."
+)
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,12 @@ def main(arguments: Sequence[str]) -> None:
             raise ValueError(f"{asked.path} is a run, which knows its data: name data only for the folder of an SAE")
         found = evaluate_run(asked.path, asked.device, asked.batches)
     else:
+        from ..data.origin import completed
         from ..formats import load
 
-        config = dataclasses.replace(TrainConfig(), data=asked.data)
-        found = {"": evaluate_sae(load(asked.path), config, asked.device, asked.batches)}
+        sae = load(asked.path)
+        config = dataclasses.replace(TrainConfig(), data=completed(asked.data, sae.metadata))
+        found = {"": evaluate_sae(sae, config, asked.device, asked.batches)}
     print(table(found))
     if asked.json is not None:
         write_json(asked.json, {name: finite(values) for name, values in found.items()})

@@ -14,11 +14,15 @@ DESCRIPTION = (
 def main(arguments: Sequence[str]) -> None:
     config = train_config(arguments, DESCRIPTION)
 
+    from functools import cache
+
+    from ..data.open import load_model
     from ..evaluation import evaluate_run, table
     from ..trainer import train
 
-    run = train(config)
-    found = evaluate_run(run.path, device=config.device)
+    load = cache(load_model)
+    run = train(config, load=load)
+    found = evaluate_run(run.path, device=config.device, load=load)
     for values in found.values():
         values["tokens_per_second"] = run.tokens_per_second
     print(table(found))

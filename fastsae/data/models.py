@@ -18,6 +18,25 @@ Hook = Callable[[Tensor], Tensor]
 """From the activations at a hook to those that the model goes on with."""
 
 
+@contextmanager
+def without_bars() -> Generator[None]:
+    """Within it transformers draws no bars over weights that it reads; what is downloaded still has them."""
+    bars, downloads = need("transformers.utils.logging", "lm"), need("huggingface_hub.utils", "lm")
+    if not bars.is_progress_bar_enabled():
+        yield
+        return
+    shown = not downloads.are_progress_bars_disabled()
+    bars.disable_progress_bar()  # those of downloads with them
+    if shown:
+        downloads.enable_progress_bars()
+    try:
+        yield
+    finally:
+        bars.enable_progress_bar()
+        if not shown:
+            downloads.disable_progress_bars()
+
+
 class _Enough(Exception):
     """Ends a forward pass."""
 

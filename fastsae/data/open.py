@@ -9,7 +9,7 @@ import torch
 from ..config import DataConfig, TrainConfig
 from .documents import open_dataset
 from .language_model import Activations
-from .models import LanguageModel
+from .models import LanguageModel, without_bars
 from .prefetch import Prefetch
 from .saelens_cache import SAELensCache
 from .shards import Shards
@@ -32,12 +32,34 @@ def chosen_device(name: str) -> torch.device:
     return device
 
 
+def load_model(data: DataConfig, device: torch.device | str) -> LanguageModel:
+    """The language model whose activations are read."""
+    name: Any = data.model
+    if name == "embedded":
+        from .. import embedded
+
+        name = embedded.path()
+    with without_bars():
+        return LanguageModel.load(name, data.backend, data.model_device or device, getattr(torch, data.model_dtype))
+
+
+Load = Callable[[DataConfig, torch.device], LanguageModel]
+"""load_model, or one that remembers."""
+
+
 @contextmanager
 def opened(
-    config: TrainConfig, source: Source | None, device: torch.device, poll: Callable[[], None] | None = None
+    config: TrainConfig,
+    source: Source | None,
+    device: torch.device,
+    poll: Callable[[], None] | None = None,
+    load: Load = load_model,
 ) -> Generator[Shuffle]:
     """Shuffled batches of exactly batch_size rows: of `source`, or else of what the config names. `poll` may interrupt."""
-    raw = open_source(config, device) if source is None else source
+    raw = source
+    if raw is None:
+        model = load(config.data, device) if config.data.source == "model" else None
+        raw = open_source(config, device, model=model)
     ahead = config.data.prefetch if source is None and config.data.source != "synthetic" else 0
     read = Prefetch(raw, ahead) if ahead else raw
     try:
@@ -52,8 +74,8 @@ def open_source(
 ) -> Source:
     """The activations themselves, in chunks of any number of rows.
 
-    `held_out`: other ones than in training, as far as the config's data have such: other synthetic rows, other texts of the
-    embedded data set, once. `model` is the language model if it is there already.
+    `held_out`: other ones than in training, if the data `have_held_out`: other synthetic rows, other texts of the embedded
+    data set, once. `model` is the language model if it is there already.
     """
     data, seed = config.data, config.seed
     if data.source == "given":
@@ -75,6 +97,11 @@ def open_source(
     )  # fmt: skip
 
 
+def have_held_out(data: DataConfig) -> bool:
+    """Whether such data have rows that training does not read."""
+    return data.source == "synthetic" or (data.source == "model" and data.dataset == "embedded")
+
+
 def excluded(data: DataConfig, model: LanguageModel) -> list[int]:
     """Tokens whose activations are left out."""
     return [] if data.keep_special_tokens else special_token_ids(model.tokenizer)
@@ -86,16 +113,6 @@ def hook_names(config: TrainConfig) -> list[str]:
     for member in config.members().values():
         names += [member.data.hook, *([member.data.target_hook] if member.data.target_hook else [])]
     return list(dict.fromkeys(names))
-
-
-def load_model(data: DataConfig, device: torch.device | str) -> LanguageModel:
-    """The language model whose activations are read."""
-    name: Any = data.model
-    if name == "embedded":
-        from .. import embedded
-
-        name = embedded.path()
-    return LanguageModel.load(name, data.backend, data.model_device or device, getattr(torch, data.model_dtype))
 
 
 def open_tokens(config: TrainConfig, model: LanguageModel, held_out: bool = False) -> Tokens:

@@ -156,7 +156,9 @@ def write_shards(
     metadata: Mapping[str, Any] | None = None,
     poll: Callable[[], None] | None = None,
 ) -> None:
-    """Write the next `rows` rows of the source, or all until it ends, to a new folder. `metadata` is what JSON can say.
+    """Write the next `rows` rows of the source, or all until it ends, to a new folder.
+
+    `metadata` is what JSON can say. SAEs trained on the shards keep the model, hook, target_hook, dataset and context of it.
 
     The index is written last, and a folder without one is not read. After a crash, or when `poll` (called before each read)
     raised, the same call goes on after the last whole shard, from the state that the source had there.

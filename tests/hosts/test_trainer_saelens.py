@@ -113,6 +113,28 @@ def test_lock_step(architecture, dtype):
     assert saw_dead or architecture == "standard"
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_is_logged(architecture):
+    """Every number that the stock trainer logs, of each of 20 steps, under its name."""
+    options, sae_config, loss = ARCHITECTURES[architecture]
+    trainer = stock(architecture, torch.float64, options)
+    member = ours(torch.float64, sae_config, loss, trainer.sae)
+    if architecture == "batchtopk":
+        member.sae.activation.set_threshold(0.0)  # where theirs starts; ours at the first batch's
+    for step, x in zip(range(20), batches(torch.float64), strict=False):
+        output = trainer.step(x)
+        expected = trainer.build_train_step_log_dict(output, trainer.n_training_samples) | trainer._build_sparsity_log_dict()
+        trainer._reset_running_sparsity_stats()
+        trainer.n_training_steps += 1
+        member.step(x, step)
+        found = member.measure(step + 1)
+        assert set(expected) - set(found) == {"plots/feature_density_line_chart"}
+        assert set(found) - set(expected) == {"sparsity/skipped_steps", "sparsity/skipped_rows"}
+        for name in set(found) & set(expected):
+            # theirs counts firings in fp32
+            assert found[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-9), f"{name} in step {step}"
+
+
 def run_free(architecture, dtype, order=None):
     """Weights after 300 steps of (stock, ours), or of stock with its latents in another order."""
     options, sae_config, loss = ARCHITECTURES[architecture]
