@@ -232,7 +232,7 @@ def _how_many(task: Task) -> int:
 def failure(error: Exception) -> tuple[str, str]:
     if isinstance(error, Unsupported):
         return "skipped", str(error)
-    out_of_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
     lines = str(error).strip().splitlines()
     text = f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
     return ("oom" if out_of_memory else "error"), text.replace(str(Path.cwd()), ".")
