@@ -14,6 +14,7 @@ from .backend import accumulator
 CHUNK = 4096  # latents per chunk on a GPU: 134 MB of fp32 scores at N = 8192
 BLOCK_ELEMENTS = 1 << 24  # scores per block of rows on a CPU: 64 MB. 2^23 is as fast within noise, 2^22 10 % slower
 PANEL = 64  # latents per small product where there are few rows
+STRIP = 1 << 14  # latents per convolution there: 4 MB of scores at most, and 2 % from one convolution's speed
 
 
 # The last buffer of row_blocks on a CPU, by dtype. Fresh memory costs a page fault every 4 KB, 10 % of a training step.
@@ -73,14 +74,14 @@ def _few_rows_way(x: Tensor, W_enc: Tensor) -> Callable[[Tensor, Tensor, Tensor,
 
 def _by_convolution(x: Tensor, W: Tensor, bias: Tensor, out: Tensor) -> None:
     """out = x W^T + bias: latents are pixels, and rows the filters of oneDNN's 1x1 convolution."""
-    (N, D), F = x.shape, W.shape[0]
+    N, D = x.shape
     filters = torch.nn.functional.pad(x, (0, 0, 0, -N % 16))[:, :, None, None]  # it computes 16 of them at a time anyway
-    pixels = PANEL if F % PANEL == 0 else F  # of an image: one large one is slower on a single thread
-    images = torch.nn.functional.conv2d(W.view(-1, pixels, 1, D).permute(0, 3, 1, 2), filters)
-    product = images.permute(0, 2, 3, 1).reshape(F, -1)[:, :N].T  # [N, F], latents outside
-    for f in range(0, F, CHUNK):  # a transposition, twice as fast by parts and as a plain copy
-        columns = slice(f, f + CHUNK)
-        out[:, columns].copy_(product[:, columns]).add_(bias[columns])
+    for f in range(0, W.shape[0], STRIP):
+        columns = slice(f, f + STRIP)
+        latents = W[columns]
+        pixels = PANEL if latents.shape[0] % PANEL == 0 else latents.shape[0]  # a single thread is slow on a large image
+        images = torch.nn.functional.conv2d(latents.view(-1, pixels, 1, D).permute(0, 3, 1, 2), filters)
+        out[:, columns].copy_(images.permute(0, 2, 3, 1).reshape(-1, filters.shape[0])[:, :N].T).add_(bias[columns])
 
 
 def _by_panels(x: Tensor, W: Tensor, bias: Tensor, out: Tensor) -> None:
