@@ -115,7 +115,7 @@ class BatchTopK(TopK):
         super().__init__(k)
         self.threshold_lr = threshold_lr
         self.register_buffer("threshold", torch.tensor(threshold, dtype=torch.float64))
-        self._known = False
+        self._known = threshold >= 0
         self.register_load_state_dict_post_hook(BatchTopK._loaded)
 
     def attach(self, d_sae: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
@@ -124,8 +124,9 @@ class BatchTopK(TopK):
 
     @property
     def knows_threshold(self) -> bool:
-        """Whether eval has a threshold to fire above. Waits for a GPU until it once has, since then it always does."""
-        self._known = self._known or bool(self.threshold >= 0)
+        """Whether eval has a threshold to fire above. Waits for a GPU at the first eval after training has observed one."""
+        if not self._known:
+            self._known = bool(self.threshold >= 0)
         return self._known
 
     def _loaded(self, *_: object) -> None:
@@ -133,7 +134,7 @@ class BatchTopK(TopK):
 
     def set_threshold(self, threshold: Tensor | float) -> None:
         self.threshold = torch.as_tensor(threshold, dtype=torch.float64, device=self.threshold.device)
-        self._known = False
+        self._known = bool(self.threshold >= 0)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "BatchTopK":
         exact = self.threshold

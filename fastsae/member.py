@@ -1,7 +1,8 @@
 """One SAE in training: what a step does with a batch, what is counted, and what must be saved to go on.
 
 A batch becomes (x, target), the objective a loss, the loss an update. On a GPU nothing is read back between log steps with
-fused_adam: whether a loss was finite, which latents are dead and what was skipped stays on the device.
+fused_adam: whether a loss was finite, which latents are dead and what was skipped stays on the device. (A code whose length
+depends on the data costs one read, and so do resampling and stopping at what is not finite.)
 """
 
 from collections.abc import Sequence

@@ -87,7 +87,7 @@ def keep_freed_memory() -> None:
     glibc returns freed memory to the kernel above a size that it learns from the largest block it saw freed, of up to 32 MB.
     One is shown to it here, once, and never touched.
     """
-    bytearray(31 << 20)
+    bytes(31 << 20)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .backend import accumulator
+from .backend import accumulator, exactly
 
 CHUNK = 4096  # latents per chunk on a GPU: 134 MB of fp32 scores at N = 8192
 BLOCK_ELEMENTS = 1 << 24  # scores per block of rows on a CPU: 64 MB. 2^23 is as fast within noise, 2^22 10 % slower
@@ -35,7 +35,8 @@ def row_blocks(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Iterator[tuple[int, T
         for first in range(0, N, rows):
             part = x[first : first + rows]
             pre = flat[: part.shape[0] * F].view(-1, F)
-            _scores(part, W_enc, b_enc, pre)
+            with exactly(x):
+                _scores(part, W_enc, b_enc, pre)
             yield first, pre
     finally:
         if _keeps(x) and flat.numel() <= BLOCK_ELEMENTS and not flat.is_inference():

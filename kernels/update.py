@@ -219,7 +219,11 @@ def _slices(factors, order, starts, stored, dnorm, W, low, unit_norm):
 
 def _bound(factors: Factors) -> float:
     """No sum of these factors is larger: where it is finite, nobody has to look for NaN or infinity in the sums."""
-    return float(factors.coefficients.double().abs().sum()) * float(factors.table.double().abs().sum())
+    bound = float(factors.coefficients.shape[0])
+    for t in (factors.coefficients, factors.table):
+        if t.numel():
+            bound *= max(abs(float(end)) for end in t.aminmax())
+    return bound
 
 
 def _torch_path(
@@ -231,10 +235,10 @@ def _torch_path(
     if norm_only:
         return torch.cat([torch.linalg.vecdot(g, g) for _, _, g in slices])
     skipped = torch.zeros(W.shape[0], dtype=torch.int32, device=W.device)
-    clip, live, t = scalars[2:].tolist()
+    clip, live, step = scalars[2:].tolist()
     if not live:
         return skipped
-    certain = not unit_norm and stored is None and dnorm is None and _bound(factors) * clip < 1e38
+    certain = not unit_norm and stored is None and dnorm is None and _bound(factors) < 1e38
     for part, w, grad in slices:
         if clip != 1:
             grad *= clip
@@ -248,8 +252,9 @@ def _torch_path(
             rows = bad.nonzero().squeeze(1)
             kept = [(t, rows, t[rows]) for t in state]
         moments = [t[part].to(w.dtype) for t in (m, v)]
+        before = torch.tensor(step - 1, dtype=torch.float32, device=w.device)  # adam adds one to it
         adam(
-            [w], [grad], [moments[0]], [moments[1]], [], [torch.tensor(t - 1)], fused=True, amsgrad=False, maximize=False,
+            [w], [grad], [moments[0]], [moments[1]], [], [before], fused=True, amsgrad=False, maximize=False,
             lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps,
         )  # fmt: skip
         if unit_norm:
@@ -260,8 +265,8 @@ def _torch_path(
             noise = random_bits(seed, scalars[4], part.start, *w.shape)
             round_randomly(moments[0], (noise >> 16).bitwise_and_(0xFFFF), m[part])
             round_randomly(moments[1], noise.bitwise_and_(0xFFFF), v[part])
-        for t, rows, before in kept:
-            t[rows] = before
+        for t, rows, values in kept:
+            t[rows] = values
     return skipped
 
 

@@ -83,6 +83,13 @@ def test_a_known_number_of_entries(activation, function):
     assert_compiles(function, SAE(D, F, activation(K)))
 
 
+def test_a_threshold_that_is_known_from_the_start():
+    """Nothing is read to decide whether there is one, which no graph could hold."""
+    sae, x = SAE(D, F, BatchTopK(K, threshold=0.05)).eval(), torch.randn(5, D)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        torch.testing.assert_close(torch.compile(sae, fullgraph=True, backend="aot_eager")(x), sae(x))
+
+
 def test_by_magnitude():
     assert_compiles(forward, SAE(D, F, AbsTopK(K)))
 

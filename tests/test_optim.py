@@ -8,11 +8,18 @@ import torch
 from torch import Tensor
 
 from fastsae import SAE, AbsTopK, BatchTopK, Gated, JumpReLU, ReLU, TopK, functional
+from fastsae.kernels import update
 from fastsae.kernels.deferred import row_norms
 from fastsae.optim import FusedAdam
 
 D, F = 16, 60
 LR = 1e-2
+
+
+@pytest.fixture(autouse=True)
+def several_slices(monkeypatch):
+    """A CPU goes through these few parameters slice by slice too."""
+    monkeypatch.setattr(update, "SLICE", 400)
 
 
 def plain(sae: SAE, x: Tensor) -> Tensor:
@@ -40,6 +47,14 @@ def adam_step(sae: SAE, adam: torch.optim.Adam, unit_norm: bool, max_norm: float
     adam.step()
     if unit_norm:
         W.data /= W.data.norm(dim=1, keepdim=True)
+
+
+def test_any_default_device_will_do():
+    sae = SAE(D, F, TopK(3))
+    optimizer = FusedAdam(sae, lr=LR)
+    plain(sae, torch.randn(8, D)).backward()
+    with torch.device("meta"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("loss", [plain, one_pass, two_decodes_and_a_direct_use])

@@ -14,7 +14,8 @@ from .parse import flags
 
 DESCRIPTION = (
     "What an SAE does on activations, and to the language model they come from. A run's SAEs are measured on data of its kind, "
-    "held out where there are such; the SAE of a folder on the data named, by the model and hooks in its files unless given."
+    "held out where there are such; the SAE of a folder on the data named, by the model and hooks in its files unless others "
+    "are given."
 )
 
 

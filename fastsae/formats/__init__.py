@@ -49,17 +49,21 @@ def save(
 
     `metadata` (model_name, hook_name, ...) is added to the SAE's own. `input_scale` is what the data were multiplied with in
     training; it is folded into the written copy, which takes data as they are. What the format cannot say is refused.
-    Files that are there already are replaced once the new ones are whole.
+    An SAE of the same format that is there already is replaced once the new one is whole. Its weights go first and the new ones
+    come last: a crash between leaves no SAE rather than a mixture, and the new one in a hidden folder.
     """
     writer, folder = _writer(format), Path(path)
     folder.mkdir(parents=True, exist_ok=True)
+    there = recognise(entry.name for entry in folder.iterdir())
+    if there not in (None, format):
+        raise FileExistsError(f"{folder} holds an SAE in format {there!r}: name another folder for {format!r}, or remove it")
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staging:
         writer(take_apart(sae, metadata, input_scale), Path(staging))
         for name in FORMATS[format].FILES:
-            if (new := Path(staging) / name).exists():
-                new.replace(folder / name)
-            else:  # it belongs to the SAE that was here before
+            if name in FORMATS[format].RECOGNISED_BY or not (Path(staging) / name).exists():
                 (folder / name).unlink(missing_ok=True)
+        for new in sorted(Path(staging).iterdir(), key=lambda file: file.name in FORMATS[format].RECOGNISED_BY):
+            new.replace(folder / new.name)
 
 
 def convert(src: str | Path, dst: str | Path, to: str, allow_pickle: bool = False) -> None:

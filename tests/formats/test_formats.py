@@ -61,6 +61,23 @@ def test_an_sae_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["cfg.json", "mine.txt", "sae_weights.safetensors"]
 
 
+def test_a_crash_between_two_files_leaves_no_mixture(tmp_path, monkeypatch):
+    fastsae.formats.save(make("topk"), tmp_path)
+    replace = type(tmp_path).replace
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tmp_path), "replace", lambda new, to: 1 / 0 if to.suffix == ".safetensors" else replace(new, to))
+        with pytest.raises(ZeroDivisionError):
+            fastsae.formats.save(make("topk"), tmp_path)
+    with pytest.raises(FormatError, match="holds no SAE"):
+        fastsae.formats.load(tmp_path)
+
+
+def test_a_folder_holds_one_format(tmp_path):
+    fastsae.formats.save(make("topk"), tmp_path)
+    with pytest.raises(FileExistsError, match="in format 'saelens': name another folder for 'fastsae'"):
+        fastsae.formats.save(make("topk"), tmp_path, "fastsae")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_saved_is_loaded(tmp_path, activation, dtype):

@@ -137,6 +137,16 @@ def test_few_rows_take_other_gemms_to_the_same_scores(N, F, latent_major, dtype,
     assert first == 0 and torch.equal(pre, x @ W + b)
 
 
+@pytest.mark.parametrize("N", [8, 16, 100])
+def test_scores_are_the_same_inside_an_autocast_region(N):
+    x, W, b = torch.randn(N, 64), torch.randn(64, 512), torch.randn(512)
+    plain = kernels.select_topk(x, W.T.contiguous().T, b, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        ((_, pre),) = scores.row_blocks(x, W.T.contiguous().T, b)
+        same(kernels.select_topk(x, W.T.contiguous().T, b, 5), plain)
+    assert float((pre - (x.double() @ W.double() + b)).abs().max()) < 1e-4
+
+
 def test_many_candidates_a_row_are_asked_for_only_where_needed(device, monkeypatch):
     """With one candidate per k the batch cut comes up short in most rows, and is still exact."""
     monkeypatch.setattr(batch_topk, "SPARE", 2)

@@ -19,6 +19,12 @@ HYPER = (LR, BETAS, EPS)
 FORMATS = ["fp32", "split", "fp32, bf16 moments", "split, bf16 moments"]
 
 
+@pytest.fixture(autouse=True)
+def several_slices(monkeypatch):
+    """A CPU goes through these few parameters slice by slice too."""
+    monkeypatch.setattr(update, "SLICE", 200)
+
+
 class State(NamedTuple):
     """What a matrix consists of."""
 
@@ -128,7 +134,7 @@ def test_both_paths_round_alike(device, monkeypatch):
         with monkeypatch.context() as m:
             if path == "torch":
                 m.setattr(update, "runs_triton", lambda t: False)
-                m.setattr(update, "SLICE", 200)
+                m.setattr(update, "SLICE", 400)
             step(s, factors, 7, seed=5)
         results.append(s)
     for a, b in zip(results[0][1:3], results[1][1:3], strict=True):
