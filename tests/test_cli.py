@@ -129,6 +129,7 @@ def test_train_eval_plot_and_go_on(tmp_path, capsys):
 
 
 def test_the_language_model_is_loaded_once_and_quietly(tmp_path, monkeypatch, capfd):
+    transformers.utils.logging.enable_progress_bar()  # another test may have turned bars off before they were first asked for
     loads, load = [], LanguageModel.load
     monkeypatch.setattr(LanguageModel, "load", lambda *a: loads.append(a) or load(*a))
     tiny = ["--tokens", "256", "--batch-size", "64", "--buffer", "256", "--context", "16", "--sequences", "8", "--d-sae", "64"]
