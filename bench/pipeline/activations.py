@@ -4,6 +4,7 @@ Every text is exactly one context long, so that packing texts into rows, as fast
 dictionary_learning does, are the same tokens. Special tokens are added nowhere.
 """
 
+import json
 from collections.abc import Callable
 from functools import cache, partial
 from itertools import cycle, islice
@@ -16,7 +17,7 @@ from torch import Tensor
 from fastsae import embedded
 from fastsae.data import Shuffle
 from fastsae.data.language_model import Activations
-from fastsae.data.models import LanguageModel
+from fastsae.data.models import LanguageModel, without_bars
 from fastsae.data.tokens import Tokens
 
 from ..check import Wrong
@@ -52,12 +53,11 @@ def prepare(layers: int, width: int, block: int, device: torch.device, tiny: boo
     def model() -> tuple[Any, Any]:
         """(transformers' GPT-2, its tokenizer)"""
         from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
-        from transformers.utils.logging import disable_progress_bar
 
-        disable_progress_bar()
         tokenizer = AutoTokenizer.from_pretrained(str(embedded.path()))
         if not layers:
-            gpt2 = AutoModelForCausalLM.from_pretrained(str(embedded.path()), dtype=torch.float32)
+            with without_bars():
+                gpt2 = AutoModelForCausalLM.from_pretrained(str(embedded.path()), dtype=torch.float32)
         else:
             with torch.random.fork_rng():
                 torch.manual_seed(0)
@@ -164,9 +164,11 @@ def prepare(layers: int, width: int, block: int, device: torch.device, tiny: boo
         "sparsify": sparsify,
         "forward pass alone": alone,
     }
-    lm = f"a random GPT-2 of {layers} layers, width {width}" if layers else "the shipped GPT-2 of 1 layer, width 32"
+    shipped = json.loads((embedded.path() / "config.json").read_text())
+    depth, D = (layers, width) if layers else (shipped["n_layer"], shipped["n_embd"])
+    lm = f"{'a random' if layers else 'the shipped'} GPT-2 of {depth} layers, width {D}"
     said = f"text through {lm}, after block {block}, in shuffled batches of {batch} tokens through a buffer of {BUFFER} of them"
-    return Prepared(DRAWS * batch, DRAWS * batch * (width or 32) * 4, said, ways, check)
+    return Prepared(DRAWS * batch, DRAWS * batch * D * 4, said, ways, check)
 
 
 WORKS = (

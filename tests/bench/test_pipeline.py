@@ -18,6 +18,7 @@ from bench.pipeline.batches import BUFFER, DRAWS
 from bench.providers import Job, Task
 from bench.providers.dense import Dense
 from bench.run import Results, run
+from fastsae import embedded
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -81,6 +82,14 @@ def test_without_transformers_activations_are_skipped(tmp_path, monkeypatch):
     rows = measure(pipeline.chosen(["activations"], smoke=True)[0], None, CPU, 0.0, True, tmp_path)
     assert {row["status"] for row in rows} == {"skipped"}
     assert "transformers" in rows[0]["reason"]
+
+
+def test_activations_are_said_to_be_of_the_model_that_gives_them(tmp_path):
+    pytest.importorskip("transformers")
+    (row,) = measure(pipeline.chosen(["activations"], smoke=True)[0], ["fastsae"], CPU, 0.0, True, tmp_path)
+    model = json.loads((embedded.path() / "config.json").read_text())
+    assert f"{model['n_layer']} layers, width {model['n_embd']}, " in row["what"]
+    assert row["gbs"] == pytest.approx(row["units_per_s"] * model["n_embd"] * 4 / 1e9, rel=1e-3)
 
 
 def test_a_call_is_whole_cycles_of_every_buffer():
