@@ -14,8 +14,8 @@ from fastsae import hosts as drop_in
 from . import hosts
 from .measure import Timing, interleave, peak_memory
 from .providers import DictionaryLearning, SAELens, Sparsify
-from .run import failure
-from .table import Row
+from .run import failed
+from .table import Row, rounded
 
 LIBRARIES = {"sae_lens": SAELens(), "dictionary_learning": DictionaryLearning(), "sparsify": Sparsify()}
 
@@ -28,8 +28,7 @@ def run(device: torch.device, seconds: float) -> Iterator[Row]:
                 missing = LIBRARIES[library].missing(device)
                 yield row | ({"status": "skipped", "reason": missing} if missing else measure(library, case, device, seconds))
             except Exception as error:
-                status, reason = failure(error)
-                yield row | {"status": status, "reason": reason}
+                yield row | failed(error)
 
 
 def measure(library: str, case: Callable[[torch.device], Any], device: torch.device, seconds: float) -> Row:
@@ -66,7 +65,7 @@ def measure(library: str, case: Callable[[torch.device], Any], device: torch.dev
         "times": times.median, "times_low": times.low, "times_high": times.high,
         "stock_mb": above["stock"], "patched_mb": above["patched"],
     }  # fmt: skip
-    return {"status": "ok", "rounds": times.rounds} | {name: float(f"{value:.5g}") for name, value in numbers.items()}
+    return {"status": "ok", "rounds": times.rounds} | rounded(numbers)
 
 
 def line(row: Row) -> str:

@@ -30,6 +30,7 @@ from fastsae.member import Member
 from .environment import ROOT, environment
 from .hosts import D, N, saelens_topk_step
 from .measure import interleave
+from .providers.sae_lens import fit_step
 from .table import markdown
 
 CPU = torch.device("cpu")
@@ -91,7 +92,7 @@ def run(name: str) -> dict[str, Any]:
         steps: dict[str, Callable[[Tensor, int], object]] = {"fastsae": member.step}
         peer = saelens_trainer(config, member.sae) if find_spec("sae_lens") else None
         if peer is not None:
-            steps["SAELens"] = lambda x, step: saelens_step(peer, x)
+            steps["SAELens"] = lambda x, step: fit_step(peer, x)
         seconds = dict.fromkeys(steps, 0.0)
         for step in range(config.steps):
             x = first if step == 0 else next(batches)
@@ -167,11 +168,6 @@ def saelens_settings(config: TrainConfig) -> dict[str, Any]:
         "l0_warm_up_steps": loss.warm_up,
         "pre_act_loss_coefficient": loss.dead_coefficient,
     }
-
-
-def saelens_step(trainer: Any, x: Tensor) -> None:
-    trainer.step(x)
-    trainer.n_training_steps += 1
 
 
 # ── a step's time ────────────────────────────────────────────────────────────────────────────────────────────────────────

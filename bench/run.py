@@ -238,6 +238,12 @@ def failure(error: Exception) -> tuple[str, str]:
     return ("oom" if out_of_memory else "error"), text.replace(str(Path.cwd()), ".")
 
 
+def failed(error: Exception) -> Row:
+    """The same, for a row."""
+    status, reason = failure(error)
+    return {"status": status, "reason": reason}
+
+
 def grad(task: Task):
     return torch.set_grad_enabled(task.case.trains)
 

@@ -1,6 +1,6 @@
 """One row of results as JSON, as a line of text, and in Markdown."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -35,9 +35,13 @@ def ok(
         "gbs": moved / timing.median / 1e6,
         "peak_mb": peak / 1e6,
     }
-    rounded = {name: float(f"{value:.5g}") for name, value in (asdict(timing) | numbers).items()}
-    rounded["rounds"] = timing.rounds
-    return identity(entry, provider) | {"status": "ok", "ceiling": ceiling, "note": note} | rounded
+    row = identity(entry, provider) | {"status": "ok", "ceiling": ceiling, "note": note}
+    return row | rounded(asdict(timing) | numbers) | {"rounds": timing.rounds}
+
+
+def rounded(numbers: Mapping[str, float]) -> Row:
+    """Five digits are more than any measurement here has."""
+    return {name: float(f"{value:.5g}") for name, value in numbers.items()}
 
 
 def without_time(entry: Entry, provider: str, status: str, reason: str) -> Row:

@@ -137,11 +137,16 @@ class Member:
         if o.k_first is not None and isinstance(self.sae.activation, TopK):
             self.sae.activation.k = round(schedules.anneal(step, 0, o.k_steps, o.k_first, self.config.sae.k))
 
+    @property
+    def _is_dead(self) -> Tensor:
+        """[F] bool"""
+        return self.since_fired > self.dead_window
+
     def _dead(self, step: int) -> DeadLatents | None:
         if self.objective.dead in ("none", "resample"):
             return None
         if self.device.type == "cpu":  # counting costs nothing; on a GPU the count of the last log step must do
-            self.slots = min(int((self.since_fired > self.dead_window).sum()), self.config.loss.dead_cap)
+            self.slots = min(int(self._is_dead.sum()), self.config.loss.dead_cap)
         found = dead_latents(self.since_fired, self.dead_window + 1, min(self.slots, self.sae.d_sae), step)
         return found._replace(padded=self.device.type != "cpu")
 
@@ -162,7 +167,7 @@ class Member:
         batch = self.config.batch_size
         if (step + 1) * batch // every == step * batch // every or not updated:
             return
-        dead = (self.since_fired > self.dead_window).nonzero().squeeze(1)[: self.config.loss.dead_cap]
+        dead = self._is_dead.nonzero().squeeze(1)[: self.config.loss.dead_cap]
         sse = torch.cat([o.sse for o in outcomes])
         with self.stepper.edit() as sae:
             resample(sae, dead, x.to(sae.W_dec.dtype), target.to(sae.W_dec.dtype), sse, self.random)
@@ -190,7 +195,7 @@ class Member:
             "metrics/l0": float(frequency.sum()),
             "metrics/mean_log10_feature_sparsity": float((frequency + 1e-10).log10().mean()),
             "sparsity/mean_passes_since_fired": float(self.since_fired.double().mean()) / self.config.batch_size,
-            "sparsity/dead_features": float((self.since_fired > self.dead_window).sum()),
+            "sparsity/dead_features": float(self._is_dead.sum()),
             "sparsity/below_1e-5": float((frequency < 1e-5).sum()),
             "sparsity/below_1e-6": float((frequency < 1e-6).sum()),
             "sparsity/skipped_steps": float(self.skipped),

@@ -15,8 +15,8 @@ import torch
 
 from ..check import Wrong
 from ..measure import Timing, interleave, milliseconds
-from ..run import failure
-from ..table import Row
+from ..run import failed
+from ..table import Row, rounded
 from . import activations, files, shards
 from .work import Flow, Prepared, Work
 
@@ -58,13 +58,11 @@ def measure(
         except ImportError as error:
             rows[name] = {"status": "skipped", "reason": f"not importable: {error}"}
         except Exception as error:
-            status, reason = failure(error)
-            rows[name] = {"status": status, "reason": reason}
+            rows[name] = failed(error)
     calls = {name: lambda _, flow=flow: flow.call() for name, flow in flows.items()}
     for name, taken in interleave(calls, device, seconds, warm=warm).items():
         if isinstance(taken, Exception):
-            status, reason = failure(taken)
-            rows[name] = {"status": status, "reason": reason}
+            rows[name] = failed(taken)
         else:
             rows[name] = _ok(prepared, flows[name], Timing.of(taken))
     return [same | {"provider": name} | rows[name] for name in wanted]
@@ -88,8 +86,7 @@ def _ok(prepared: Prepared, flow: Flow, timing: Timing) -> Row:
         "units_per_s": prepared.amount / timing.median * 1e3,
         "gbs": prepared.bytes / timing.median / 1e6,
     }
-    rounded = {name: float(f"{value:.5g}") for name, value in numbers.items()}
-    return {"status": "ok", "ceiling": flow.ceiling, "note": flow.note, "rounds": timing.rounds} | rounded
+    return {"status": "ok", "ceiling": flow.ceiling, "note": flow.note, "rounds": timing.rounds} | rounded(numbers)
 
 
 def line(row: Row) -> str:

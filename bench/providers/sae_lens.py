@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from functools import partial
 
 import torch
 
@@ -41,6 +42,12 @@ def sae_lens_sae(task: Task):
         with torch.no_grad():
             sae.threshold.fill_(task.threshold)
     return sae
+
+
+def fit_step(trainer, x) -> None:
+    """A step of a SAETrainer as its fit() makes it."""
+    trainer.step(x)
+    trainer.n_training_steps += 1
 
 
 def _common(task: Task) -> dict:
@@ -85,12 +92,8 @@ def _training_job(sae, task: Task) -> Job:
     parameters = {name: (getattr(sae, name), False) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     if task.case.work == "step":
 
-        def step(x):
-            trainer.step(x)
-            trainer.n_training_steps += 1  # as its fit() does
-
         note = "SAETrainer.step: torch Adam, gradient clipping, firing statistics" + ", autocast bf16" * autocast
-        return step_job(step, parameters, before_update=("clip",), note=note)
+        return step_job(partial(fit_step, trainer), parameters, before_update=("clip",), note=note)
 
     def loss(x):
         with trainer.autocast_if_enabled:

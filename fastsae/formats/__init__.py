@@ -50,7 +50,7 @@ def save(
     `metadata` (model_name, hook_name, ...) is added to the SAE's own. `input_scale` is what the data were multiplied with in
     training; it is folded into the written copy, which takes data as they are. What the format cannot say is refused.
     An SAE of the same format that is there already is replaced once the new one is whole. Its weights go first and the new ones
-    come last: a crash between leaves no SAE rather than a mixture, and the new one in a hidden folder.
+    come last: what stops this in between leaves no SAE rather than a mixture, and a kill the new one in a hidden folder.
     """
     writer, folder = _writer(format), Path(path)
     folder.mkdir(parents=True, exist_ok=True)
