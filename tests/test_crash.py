@@ -129,11 +129,12 @@ def test_the_run_in_this_process_is_the_same(undisturbed, tmp_path):
 def test_a_second_run_on_a_folder_is_refused_at_once(tmp_path):
     process = start(tmp_path)
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 200
         while not list(tmp_path.glob("step-*")) and time.monotonic() < deadline:
             time.sleep(0.05)
+        process.send_signal(signal.SIGSTOP)  # or it may be done before the second one asks
         second = start(tmp_path)
-        assert second.wait(timeout=30) == 1
+        assert second.wait(timeout=200) == 1
         said = second.stderr.read().decode()
         assert str(tmp_path) in said and str(process.pid) in said
     finally:

@@ -19,10 +19,11 @@ class Observed(Numbered):
 
     def __init__(self, rows=200):
         super().__init__(rows)
-        self.go_on = threading.Event()
+        self.arrived, self.go_on = threading.Event(), threading.Event()
 
     def __next__(self):
         if self.at == self.waits_at:
+            self.arrived.set()
             self.go_on.wait()
         if self.at == self.fails_at:
             self.fails_at = None
@@ -32,7 +33,7 @@ class Observed(Numbered):
 
 def stops_at(source, at):
     """The thread reads up to there, and no further."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while source.at < at and time.monotonic() < deadline:
         time.sleep(0.001)
     time.sleep(0.03)
@@ -124,7 +125,7 @@ def test_a_dropped_prefetch_ends_its_thread():
     next(prefetch)
     (thread,) = set(threads()) - set(before)
     del prefetch
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive()
 
 
@@ -133,12 +134,13 @@ def test_close_waits_for_the_read_under_way():
     source.waits_at = 2
     prefetch = Prefetch(source, 4)
     next(prefetch)
+    assert source.arrived.wait(60)
     closing = threading.Thread(target=prefetch.close)
     closing.start()
     closing.join(0.1)
     assert closing.is_alive()
     source.go_on.set()
-    closing.join(5)
+    closing.join(60)
     assert not closing.is_alive()
     assert source.at <= 3
 

@@ -358,12 +358,12 @@ def refused(folder: Path, monkeypatch, **options) -> None:
     by_rust: list[Path] = []  # opens that no audit hook sees
     monkeypatch.setattr(safe, "load_file", lambda path, load=safe.load_file: (by_rust.append(path), load(path))[1])
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts over
-    before, opened, start = peak_kb(), [], time.perf_counter()
+    before, opened, start = peak_kb(), [], time.process_time()  # what else the machine does is not ours
     try:
         with pytest.raises((FormatError, FileNotFoundError)) as error:
             fastsae.formats.load(folder, **options)
     finally:
-        seconds, names, opened = time.perf_counter() - start, opened, None
+        seconds, names, opened = time.process_time() - start, opened, None
     assert seconds <= SECONDS
     assert peak_kb() - before <= MEMORY_KB
     outside = [name for name in [*names, *map(str, by_rust)] if folder not in Path(name).resolve().parents]
