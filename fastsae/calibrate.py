@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .activations import BatchTopK, JumpReLU, TopK
-from .kernels.scores import row_blocks
+from .kernels.scores import pieces
 from .sae import SAE
 
 BITS = 15  # of a positive float's 31: a first pass counts the upper 16, a second one the rest
@@ -78,8 +78,8 @@ def _counts(sae: SAE, batches: Iterable[Tensor], bins: Callable[[Tensor], Tensor
     scale = sae.select_scale()
     for x in batches:
         rows = sae.encoder_input(x).reshape(-1, sae.d_in)
-        for _, pre in row_blocks(rows, sae.W_enc, sae.b_enc):
-            score = (pre if scale is None else pre * scale).float()
+        for _, columns, pre in pieces(rows, sae.W_enc, sae.b_enc):
+            score = (pre if scale is None else pre * scale[columns]).float()
             keys = score[score > 0].view(torch.int32)  # ordered as the floats are
             counts += torch.bincount(bins(keys), minlength=size)
     return counts

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from . import kernels
 from .kernels import check
 from .kernels.backend import accumulator
-from .kernels.scores import BLOCK_ELEMENTS, row_blocks
+from .kernels.scores import BLOCK_ELEMENTS, pieces
 from .sparse_code import SparseCode
 
 # Above this share of active entries gathering loses to the dense GEMM (0.38 % from bandwidth and FLOP/s of an H100).
@@ -80,7 +80,7 @@ def encode_selected(
     rows = _rows(x)
     check.encoder(rows, W_enc, b_enc)
     with torch.no_grad():
-        parts = [_kept(select(pre), x.dtype) for _, pre in row_blocks(rows, W_enc, b_enc)]
+        parts = [_kept(select(pre), x.dtype) for *_, pre in pieces(rows, W_enc, b_enc, latents=W_enc.shape[1])]
     counts = torch.cat([torch.zeros(1, dtype=torch.int32, device=x.device), *(p.offsets.diff() for p in parts)])
     pre = torch.cat([rows.new_empty(0), *(p.values for p in parts)])
     latents = torch.cat([counts.new_empty(0), *(p.latents for p in parts)])

@@ -10,6 +10,7 @@ itself, the data source, a language model and a term for dead latents are not in
 Imports nothing, so that the command line answers at once.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,7 +23,7 @@ MOMENTS = {"fp32": 8, "bf16": 4}
 BLOCK_ELEMENTS = 1 << 24
 CPU_TILE = 64
 SLICE = 1 << 20
-GPU_CHUNK = 4096
+CHUNK = 4096
 GPU_SPLIT = 1024
 # fp32 copies of a slice that are alive at once in the CPU's update
 SLICES = {("fp32", "fp32"): 2, ("split", "fp32"): 6, ("fp32", "bf16"): 6, ("split", "bf16"): 9}
@@ -83,7 +84,7 @@ class Plan:
             "batch": self.element * self.batch * self.d_in,
         }
         if self.device == "cpu":
-            kept["block of scores"] = 4 * self._rows() * self.d_sae
+            kept["piece of scores"] = 4 * math.prod(self._piece())
         return kept
 
     def passing(self) -> dict[str, dict[str, int]]:
@@ -105,19 +106,21 @@ class Plan:
             "update": {**waiting(self.batch), "row updates": self._update()},
         }
 
-    def _rows(self) -> int:
-        """Rows of a block of scores on a CPU."""
-        blocks = max(1, -(-self.micro_batch * self.d_sae // BLOCK_ELEMENTS))
-        return min(-(-self.micro_batch // blocks), max(1, BLOCK_ELEMENTS // self.d_sae))
+    def _piece(self) -> tuple[int, int]:
+        """Rows and latents of a piece of scores on a CPU."""
+        least = min(self.d_sae, 4 * self.k * CPU_TILE if self.activation == "topk" else CHUNK)
+        passes = -(-self.micro_batch // max(1, BLOCK_ELEMENTS // least))
+        rows = -(-self.micro_batch // passes)
+        return rows, min(self.d_sae, max(least, BLOCK_ELEMENTS // rows))
 
     def _selection(self) -> int:
         if self.device == "cuda":
             candidates = self.k if self.activation == "topk" else 4 * self.k
-            return self.micro_batch * (4 * min(GPU_CHUNK, self.d_sae) + 28 * candidates)
-        rows, tile = self._rows(), CPU_TILE
-        maxima = 4 * rows * self.d_sae // tile
+            return self.micro_batch * (4 * min(CHUNK, self.d_sae) + 28 * candidates)
+        (rows, latents), tile = self._piece(), CPU_TILE
+        maxima = 4 * rows * latents // tile
         if self.activation == "batchtopk":  # every tile that one of the best may be in
-            return maxima + 22 * min(tile * self.micro_batch * self.k, rows * self.d_sae)
+            return maxima + 22 * min(tile * self.micro_batch * self.k, rows * latents)
         return maxima + 7 * rows * self.k * tile if 2 * self.k * tile < self.d_sae else 40 * rows * self.k
 
     def _dots(self) -> int:

@@ -4,7 +4,7 @@
 
 Equal scores: the lower row wins, then the lower latent. Exact for any input, with nothing of shape [N, F].
 
-On a CPU rows come by blocks. The N·k largest of (the entries kept so far and the block's tile maxima) are that many real
+On a CPU scores come by pieces. The N·k largest of (the entries kept so far and the piece's tile maxima) are that many real
 scores, so the smallest of them is a lower bound on the final threshold; only tiles whose maximum reaches it are opened.
 On a GPU each row keeps its own k' = 4k best (topk.py), and the batch is cut from those. That is proven exact row by row: a
 row with a candidate that was not chosen has nothing better left outside. Rows where all were chosen are selected again
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import check
 from .backend import accumulator, op, runs_triton
-from .scores import row_blocks
+from .scores import pieces
 from .topk import CPU_TILE, FUSED, MOST_SLOTS, block_topk, score_of, stream_topk, tile_maxima
 
 SPARE = 4  # candidates a row keeps on a GPU, in units of k; untuned
@@ -56,29 +56,30 @@ def _select_torch(
     m = N * k
     width = CPU_TILE
     within = torch.arange(width, device=x.device)
-    # the pool: entries in (row, latent) order that may still be among the m best
+    # the pool: entries, as row · F + latent, that may still be among the m best
     entries = torch.empty(0, dtype=torch.int64, device=x.device)
     pool_pre = torch.empty(0, dtype=accumulator(x.dtype), device=x.device)
     pool_score = pool_pre.clone()
-    for first, pre in row_blocks(x, W_enc, b_enc):
-        score = score_of(pre, scale, magnitude)
+    for rows, columns, pre in pieces(x, W_enc, b_enc):
+        score = score_of(pre, None if scale is None else scale[columns], magnitude)
         maxima = tile_maxima(score, width)
         known = torch.cat([pool_score, maxima.flatten()])
         known.masked_fill_(known.isnan(), float("-inf"))
         bound = known.topk(m, sorted=False).values.min() if known.numel() >= m else known.new_tensor(float("-inf"))
         row, opened = (~(maxima < bound)).nonzero(as_tuple=True)
         latent = opened[:, None] * width + within  # [opened tiles, width]
-        inside = latent < F
-        candidate = score[row[:, None], latent.clamp(max=F - 1)]
+        inside = latent < pre.shape[1]
+        candidate = score[row[:, None], latent.clamp(max=pre.shape[1] - 1)]
         hit = ~(candidate < bound) & inside
         latent, row = latent[hit], row[:, None].expand_as(hit)[hit]
         stays = ~(pool_score < bound)
-        entries = torch.cat([entries[stays], (row + first) * F + latent])
+        entries = torch.cat([entries[stays], (row + rows.start) * F + latent + columns.start])
         pool_pre = torch.cat([pool_pre[stays], pre[row, latent]])
         pool_score = torch.cat([pool_score[stays], candidate[hit]])
-    kept = _keep_best(pool_score, m)
+    entries, order = entries.sort()  # equal scores go to the earlier ones
+    kept = _keep_best(pool_score[order], m)
     entries = entries[kept]
-    return pool_pre[kept].to(x.dtype), (entries % F).int(), _offsets(entries // F, N)
+    return pool_pre[order][kept].to(x.dtype), (entries % F).int(), _offsets(entries // F, N)
 
 
 def _select_triton(

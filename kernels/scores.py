@@ -1,7 +1,7 @@
 """Pre-activations x W_enc + b_enc in bounded pieces, in one buffer that each piece overwrites.
 
-Selections read pieces and keep entries; [N, F] never exists. A CPU takes blocks of rows, so that each row is searched whole;
-a GPU takes chunks of latents, so that W_enc is read once.
+Selections read pieces and keep entries; [N, F] never exists. A piece is some latents of many rows, so that W_enc is read, and
+packed by the GEMM library of a CPU, as seldom as can be.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,33 +11,42 @@ from torch import Tensor
 
 from .backend import accumulator, exactly
 
-CHUNK = 4096  # latents per chunk on a GPU: 134 MB of fp32 scores at N = 8192
-BLOCK_ELEMENTS = 1 << 24  # scores per block of rows on a CPU: 64 MB. 2^23 is as fast within noise, 2^22 10 % slower
+CHUNK = 4096  # latents per GEMM: 134 MB of fp32 scores at N = 8192 on a GPU
+BLOCK_ELEMENTS = 1 << 24  # scores per piece on a CPU: 64 MB
 PANEL = 64  # latents per small product where there are few rows
 STRIP = 1 << 14  # latents per convolution there: 4 MB of scores at most, and 2 % from one convolution's speed
 
 
-# The last buffer of row_blocks on a CPU, by dtype. Fresh memory costs a page fault every 4 KB, 10 % of a training step.
+# The last buffer of `pieces` on a CPU, by dtype. Fresh memory costs a page fault every 4 KB, 10 % of a training step.
 _spare: dict[torch.dtype, Tensor] = {}
 
 
-def row_blocks(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(first row, pre-activations [R, F] in fp32 or fp64) by blocks of rows, in one buffer that each step overwrites."""
+def pieces(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, latents: int | None = None
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """(rows, latents, their pre-activations [R, C] in fp32 or fp64), all latents of some rows before the next rows.
+
+    A piece has at least `latents` (CHUNK) latents, or all there are: with F, rows are whole. It overwrites the one before.
+    """
     N, F = x.shape[0], W_enc.shape[1]
-    blocks = max(1, -(-N * F // BLOCK_ELEMENTS))
-    rows = min(max(1, -(-N // blocks)), max(1, BLOCK_ELEMENTS // F), N)
+    least = min(CHUNK if latents is None else latents, F)
+    passes = max(1, -(-N // max(1, BLOCK_ELEMENTS // least)))
+    rows = max(1, -(-N // passes))
+    width = min(F, max(least, BLOCK_ELEMENTS // rows // PANEL * PANEL))
     wide = accumulator(x.dtype)
     # taken out while in use, so that another thread, or a selection that encodes, gets its own
     flat = _spare.pop(wide, None) if _keeps(x) else None
-    if flat is None or flat.numel() < rows * F:
-        flat = torch.empty(rows * F, dtype=wide, device=x.device)
+    if flat is None or flat.numel() < rows * width:
+        flat = torch.empty(rows * width, dtype=wide, device=x.device)
     try:
-        for first in range(0, N, rows):
-            part = x[first : first + rows]
-            pre = flat[: part.shape[0] * F].view(-1, F)
-            with exactly(x):
-                _scores(part, W_enc, b_enc, pre)
-            yield first, pre
+        for n in range(0, N, rows):
+            part = x[n : n + rows]
+            for f in range(0, F, width):
+                W, b = W_enc[:, f : f + width], b_enc[f : f + width]
+                pre = flat[: part.shape[0] * W.shape[1]].view(-1, W.shape[1])
+                with exactly(x):
+                    _scores(part, W, b, pre)
+                yield slice(n, n + part.shape[0]), slice(f, f + W.shape[1]), pre
     finally:
         if _keeps(x) and flat.numel() <= BLOCK_ELEMENTS and not flat.is_inference():
             _spare[wide] = flat
@@ -49,15 +58,13 @@ def _keeps(x: Tensor) -> bool:
 
 def _scores(x: Tensor, W_enc: Tensor, b_enc: Tensor, out: Tensor) -> None:
     """out = x W_enc + b_enc in out's dtype."""
-    if x.dtype != out.dtype:  # 16 bits: widen the operands chunk by chunk, since a 16-bit GEMM would round before selection
-        for f in range(0, W_enc.shape[1], CHUNK):
-            columns = slice(f, f + CHUNK)
-            operands = (t.to(out.dtype) for t in (b_enc[columns], x, W_enc[:, columns]))
-            torch.addmm(*operands, out=out[:, columns])
-    elif few_rows := _few_rows_way(x, W_enc):
-        few_rows(x, W_enc.T, b_enc, out)
-    else:  # addmm would copy the bias into the block, which the GEMM then reads: 5 % slower
-        torch.mm(x, W_enc, out=out).add_(b_enc)
+    if x.dtype == out.dtype and (few_rows := _few_rows_way(x, W_enc)):
+        return few_rows(x, W_enc.T, b_enc, out)
+    x = x.to(out.dtype)  # 16 bits are widened, of W_enc chunk by chunk, since a 16-bit GEMM would round before selection
+    for f in range(0, W_enc.shape[1], CHUNK):
+        columns = slice(f, f + CHUNK)
+        # addmm would copy the bias into the piece, which the GEMM then reads: 5 % slower
+        torch.mm(x, W_enc[:, columns].to(out.dtype), out=out[:, columns]).add_(b_enc[columns])
 
 
 def _few_rows_way(x: Tensor, W_enc: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], None] | None:

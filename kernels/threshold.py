@@ -7,7 +7,7 @@ entries there are, E, is only known once they are counted: this is the one value
 
 On a GPU, chunk by chunk of latents: count per row, prefix sum, write. Entries go into a pool of `capacity`; where it turns
 out too small the pass repeats with the exact size, so nothing is ever dropped. Entries of a chunk are in row order; one
-stable sort by row puts the chunks together. On a CPU, by blocks of rows; the mask is searched eight bytes at a time.
+stable sort by row puts the chunks together. On a CPU likewise; the mask is searched eight bytes at a time.
 
 `limit` is for callers with a better way when the code is not sparse (see fastsae.functional): above it, nothing is
 returned but the news.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import check
 from .backend import op, runs_triton, tl, triton
-from .scores import CHUNK, chunk_gemm, nonzero_flat, row_blocks
+from .scores import CHUNK, chunk_gemm, nonzero_flat, pieces
 from .tiles import tile
 
 
@@ -33,19 +33,20 @@ def select_threshold_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, theta: T
 def _select_torch(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, theta: Tensor, limit: int
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    N, F = x.shape[0], W_enc.shape[1]
-    pres, latents, counts = [], [], torch.zeros(N + 1, dtype=torch.int64, device=x.device)
+    N = x.shape[0]
+    pres, latents, rows = [x.new_empty(0)], [x.new_empty(0, dtype=torch.int32)], [x.new_empty(0, dtype=torch.int32)]
     total = 0
-    for first, pre in row_blocks(x, W_enc, b_enc):
-        fires = pre > theta
-        at = nonzero_flat(fires)
+    for block, columns, pre in pieces(x, W_enc, b_enc):
+        at = nonzero_flat(pre > theta[columns])
         total += at.numel()
         if 0 <= limit < total:
             break
         pres.append(pre.flatten()[at].to(x.dtype))
-        latents.append((at % F).int())
-        counts[first + 1 : first + 1 + pre.shape[0]] = torch.bincount(at // F, minlength=pre.shape[0])
-    return torch.cat(pres or [x.new_empty(0)]), torch.cat(latents or [counts.new_empty(0).int()]), counts.cumsum(0).int(), total
+        latents.append((at % pre.shape[1] + columns.start).int())
+        rows.append((at // pre.shape[1] + block.start).int())
+    row, order = torch.cat(rows).sort(stable=True)
+    offsets = torch.searchsorted(row, torch.arange(N + 1, dtype=torch.int32, device=x.device), out_int32=True)
+    return torch.cat(pres)[order], torch.cat(latents)[order], offsets, total
 
 
 @triton.jit

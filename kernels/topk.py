@@ -9,8 +9,8 @@ Equal scores: the lower latent wins, on every path. Exact: by the fp32 accumulat
 [N, F] never exists. On a GPU the scores come by chunks of CHUNK latents in one reused buffer, and one program per row
 keeps the k best keys seen so far. A key packs (score, latent) into 64 bits, larger is better, so ties need no extra code.
 Of a chunk the program reads the maxima of its 128-wide tiles first and opens only tiles that can still change the result:
-about k (1 + ln(F / CHUNK)) of them a row. On a CPU rows come by blocks, and of each row only the k tiles with the largest
-maxima are searched: they hold the k largest, since an element outside them is beaten by k tile maxima.
+about k (1 + ln(F / CHUNK)) of them a row. On a CPU a row keeps the k tiles with the largest maxima, piece after piece, and only
+these are searched: they hold the k largest, since an element outside them is beaten by k tile maxima.
 """
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from . import check
 from .backend import accumulator, op, runs_triton, tl, triton
 from .dense_encode import gemm
-from .scores import CHUNK, chunk_gemm, nonzero_flat, row_blocks
+from .scores import CHUNK, chunk_gemm, nonzero_flat, pieces
 from .tiles import tile
 
 MOST_SLOTS = 8192  # keys a program can keep in registers
@@ -55,8 +55,8 @@ def tile_maxima(score: Tensor, width: int) -> Tensor:
     return maxima if whole * width == F else torch.cat([maxima, score[:, whole * width :].amax(-1, keepdim=True)], 1)
 
 
-def _best(score: Tensor, k: int) -> Tensor:
-    """Indices of the k largest of each row in any order, lower index first among equals. [R, k]"""
+def _best(score: Tensor, k: int, ids: Tensor | None = None) -> Tensor:
+    """Indices of the k largest of each row in any order, lower index (or id) first among equals. [R, k]"""
     if k == score.shape[1]:
         return torch.arange(k, device=score.device).expand(score.shape[0], k)
     # torch.topk breaks ties as it likes: one more element shows whether a tie crosses the boundary
@@ -64,47 +64,91 @@ def _best(score: Tensor, k: int) -> Tensor:
     indices = indices[:, :k]
     torn = (values[:, k - 1] == values[:, k]).nonzero().squeeze(1)
     if torn.numel():
-        indices[torn] = score[torn].sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        if ids is None:
+            ids = torch.arange(score.shape[1], device=score.device).expand_as(score)
+        order = ids[torn].sort(-1).indices
+        best = score[torn].gather(1, order).sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        indices[torn] = order.gather(1, best)
     return indices
 
 
-def _topk_rows(score: Tensor, k: int) -> Tensor:
-    """The latents of each row's k best, ascending. score [R, F] -> [R, k] int64"""
-    (R, F), width = score.shape, CPU_TILE
-    if k * width * 2 >= F or R * F <= FEW_SCORES:
-        return _best(score, k).sort(-1).values
-    maxima = tile_maxima(score, width)
-    chosen = _best(maxima, k).sort(-1).values  # [R, k] tiles, ascending
-    if F % width == 0:
-        rows = torch.arange(R, device=score.device)[:, None] * maxima.shape[1]
-        candidates = score.view(-1, width).index_select(0, (chosen + rows).flatten())  # [R·k, width]
-    else:
-        columns = (chosen[:, :, None] * width + torch.arange(width, device=score.device)).view(R, -1)
-        candidates = score.gather(1, columns.clamp(max=F - 1)).masked_fill_(columns >= F, float("-inf")).view(-1, width)
-    # k scores of a row reach the least of its chosen maxima, and hardly more than k do
-    bar = maxima.gather(1, chosen).amin(1)
-    at = nonzero_flat(~(candidates < bar.repeat_interleave(k)[:, None]))
-    latents = chosen.flatten()[at // width] * width + at % width
-    row = at // (k * width)
-    counts = torch.bincount(row, minlength=R)
-    slot = torch.arange(at.shape[0], device=at.device) - (counts.cumsum(0) - counts)[row]
-    finalists = candidates.new_full((R, int(counts.max())), float("-inf"))
-    finalists[row, slot] = candidates.flatten()[at]
-    ids = latents.new_zeros(finalists.shape)
-    ids[row, slot] = latents
-    return ids.gather(1, _best(finalists, k).sort(-1).values)
+class _Tiles:
+    """The k tiles of each row with the largest maxima, of the latents seen so far, in any order."""
+
+    numbers: Tensor  # [R, k]
+    maxima: Tensor  # [R, k] of scores
+    content: Tensor  # [R, k, width] pre-activations
+
+    def __init__(self, k: int, scale: Tensor | None, magnitude: bool):
+        self.k, self.scale, self.magnitude, self.width = k, scale, magnitude, CPU_TILE
+
+    def add(self, pre: Tensor, first: int) -> None:
+        """Latents `first`, `first` + 1, ... of all rows: pre [R, C]."""
+        scale = None if self.scale is None else self.scale[first : first + pre.shape[1]]
+        maxima = tile_maxima(score_of(pre, scale, self.magnitude), self.width)
+        if first == 0:
+            self.numbers = _best(maxima, self.k)
+            self.maxima = maxima.gather(1, self.numbers)
+            rows = torch.arange(pre.shape[0], device=pre.device).repeat_interleave(self.k)
+            self.content = _content(pre, rows, self.numbers.flatten(), self.width).view(*self.numbers.shape, -1)
+            return
+        numbers = torch.arange(maxima.shape[1], device=pre.device).expand_as(maxima) + first // self.width
+        known, ids = torch.cat([self.maxima, maxima], 1), torch.cat([self.numbers, numbers], 1)
+        stays = torch.zeros_like(known, dtype=torch.bool).scatter_(1, _best(known, self.k, ids), True)
+        row, place = (~stays[:, : self.k]).nonzero(as_tuple=True)
+        _, entering = stays[:, self.k :].nonzero(as_tuple=True)  # as many in each row
+        self.content[row, place] = _content(pre, row, entering, self.width)
+        self.numbers[row, place], self.maxima[row, place] = numbers[row, entering], maxima[row, entering]
+
+    def best(self, F: int) -> tuple[Tensor, Tensor]:
+        """(pre, latents) of each row's k best, latents ascending. [R, k]"""
+        (R, k), width = self.numbers.shape, self.width
+        scale = None
+        if self.scale is not None:
+            scale = torch.nn.functional.pad(self.scale, (0, -F % width)).view(-1, width)[self.numbers]
+        score = score_of(self.content, scale, self.magnitude)
+        if F % width:
+            row, place = (self.numbers == F // width).nonzero(as_tuple=True)
+            score[row, place, F % width :] = float("-inf")
+        # k scores of a row reach the least of its maxima, and hardly more than k do
+        at = nonzero_flat(~(score.flatten(1) < self.maxima.amin(1, keepdim=True)))
+        row = at // (k * width)
+        counts = torch.bincount(row, minlength=R)
+        slot = torch.arange(at.shape[0], device=at.device) - (counts.cumsum(0) - counts)[row]
+        finalists = score.new_full((R, int(counts.max())), float("-inf"))
+        finalists[row, slot] = score.flatten()[at]
+        pre, latents = torch.zeros_like(finalists), torch.full(finalists.shape, F, device=at.device)
+        pre[row, slot] = self.content.flatten()[at]
+        latents[row, slot] = self.numbers.flatten()[at // width] * width + at % width
+        best = _best(finalists, k, latents)
+        latents, order = latents.gather(1, best).sort(-1)
+        return pre.gather(1, best).gather(1, order), latents
+
+
+def _content(pre: Tensor, row: Tensor, number: Tensor, width: int) -> Tensor:
+    """Tiles of scores [R, C]; past the last score, anything. [tiles, width]"""
+    C = pre.shape[1]
+    if C % width == 0:
+        return pre.view(-1, width).index_select(0, row * (C // width) + number)
+    columns = number[:, None] * width + torch.arange(width, device=pre.device)
+    return pre[row[:, None], columns.clamp(max=C - 1)]
 
 
 def block_topk(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, scale: Tensor | None, magnitude: bool
 ) -> tuple[Tensor, Tensor]:
-    """(pre [N, k] in fp32 or fp64, latents [N, k]), by blocks of rows."""
+    """(pre [N, k] in fp32 or fp64, latents [N, k]), piece by piece."""
+    F, tiles = W_enc.shape[1], _Tiles(k, scale, magnitude)
     pre_out = torch.empty(x.shape[0], k, dtype=accumulator(x.dtype), device=x.device)
     latents_out = torch.empty(x.shape[0], k, dtype=torch.int32, device=x.device)
-    for first, pre in row_blocks(x, W_enc, b_enc):
-        latents = _topk_rows(score_of(pre, scale, magnitude), k)
-        pre_out[first : first + pre.shape[0]] = pre.gather(1, latents)
-        latents_out[first : first + pre.shape[0]] = latents
+    for rows, columns, pre in pieces(x, W_enc, b_enc, latents=4 * k * CPU_TILE):  # so that most tiles are left out
+        if pre.shape[1] == F and (2 * k * CPU_TILE >= F or pre.numel() <= FEW_SCORES):
+            latents_out[rows] = latents = _best(score_of(pre, scale, magnitude), k).sort(-1).values
+            pre_out[rows] = pre.gather(1, latents)
+            continue
+        tiles.add(pre, columns.start)
+        if columns.stop == F:
+            pre_out[rows], latents_out[rows] = tiles.best(F)
     return pre_out, latents_out
 
 

@@ -131,7 +131,7 @@ def test_a_fused_step_holds_little_beside_parameters_and_moments():
         optimizer.step()
 
     train()  # makes the moments
-    scores._spare.clear()  # the block of scores counts
+    scores._spare.clear()  # the piece of scores counts
     with torch.profiler.profile(profile_memory=True) as profile:
         train()
     events = profile.profiler.kineto_results.events()

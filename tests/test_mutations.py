@@ -56,8 +56,12 @@ MUTANTS = {
         "kernels/topk.py", "candidates = tl.where(at < C, (_ordered(score).to(tl.int64) << 32) | low, LOWEST)",
         "candidates = (_ordered(score).to(tl.int64) << 32) | low", KERNELS + "test_select.py::test_topk_is_exact",
     ),
+    "a later one of equal tiles replaces an earlier": (
+        "kernels/topk.py", "_best(known, self.k, ids)", "_best(known, self.k)",
+        KERNELS + "test_select.py::test_tiles_kept_from_piece_to_piece_hold_the_best", "",
+    ),
     "a threshold that is just met fires": (
-        "kernels/threshold.py", "fires = pre > theta\n        at", "fires = pre >= theta\n        at",
+        "kernels/threshold.py", "nonzero_flat(pre > theta", "nonzero_flat(pre >= theta",
         KERNELS + "test_select.py::test_threshold_is_exact", "torch",
     ),
     "levels get only their own gradient": (

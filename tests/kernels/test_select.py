@@ -117,12 +117,45 @@ def test_ties_go_to_the_lower_latent(seed, device):
 @pytest.mark.parametrize("chunk", [128, 384])
 def test_chunking_changes_nothing(chunk, device, monkeypatch):
     x, W, b, scale = integers(4, 3, 700, device)
-    for module in (topk, threshold):
+    for module in (topk, threshold, scores):
         monkeypatch.setattr(module, "CHUNK", chunk)
     monkeypatch.setattr(scores, "BLOCK_ELEMENTS", chunk * 7)
     same(kernels.select_topk(x, W, b, 11), kernels.select_topk_reference(x, W, b, 11))
     same(kernels.select_batch_topk(x, W, b, 11), kernels.select_batch_topk_reference(x, W, b, 11))
     same(kernels.select_threshold(x, W, b, scale), kernels.select_threshold_reference(x, W, b, scale))
+
+
+@pytest.mark.parametrize("F", [704, 701])
+@pytest.mark.parametrize("k, scaled, magnitude", [(1, False, False), (3, False, True), (5, True, False), (11, True, True)])
+def test_tiles_kept_from_piece_to_piece_hold_the_best(k, scaled, magnitude, F, monkeypatch):
+    """Rows of ties, of rising and of falling scores, over pieces with and without a ragged end."""
+    for module in (topk, batch_topk):
+        monkeypatch.setattr(module, "CPU_TILE", 8)
+    monkeypatch.setattr(scores, "BLOCK_ELEMENTS", 1800)
+    monkeypatch.setattr(scores, "CHUNK", 128)
+    x, W, b, scale = integers(30, 3, F, "cpu", seed=k)
+    x[0] = 0
+    b[:] = torch.arange(F) // 50
+    x[1], x[2:4], W[0] = torch.tensor([-1.0, 0, 0]), 0, 2 * b
+    seen = [(rows, columns) for rows, columns, _ in scores.pieces(x, W, b, 4 * k * 8)]
+    assert len({columns.start for _, columns in seen}) > 1
+    scale = scale if scaled else None
+    same(kernels.select_topk(x, W, b, k, scale, magnitude), kernels.select_topk_reference(x, W, b, k, scale, magnitude))
+    batch = kernels.select_batch_topk(x, W, b, k, scale, magnitude)
+    same(batch, kernels.select_batch_topk_reference(x, W, b, k, scale, magnitude))
+
+
+@pytest.mark.parametrize("latents", [1, 100, 256, 10**6])
+@pytest.mark.parametrize("N", [1, 7, 40])
+def test_pieces_cover_every_score_once(N, latents, monkeypatch):
+    monkeypatch.setattr(scores, "BLOCK_ELEMENTS", 2000)
+    x, W, b, _ = integers(N, 3, 700, "cpu")
+    found, at = torch.full((N, 700), float("nan")), (0, 0)
+    for rows, columns, pre in scores.pieces(x, W, b, latents):
+        assert (rows.start, columns.start) >= at and found[rows, columns].isnan().all()
+        assert pre.shape[1] >= min(latents, 700 - columns.start) and pre.numel() <= max(2000, min(latents, 700))
+        found[rows, columns], at = pre, (rows.start, columns.start)
+    assert torch.equal(found, x @ W + b)
 
 
 @pytest.mark.parametrize("N", [1, 2, 3, 4, 5, 8, 9, 17, 64, 65])
@@ -133,8 +166,8 @@ def test_few_rows_take_other_gemms_to_the_same_scores(N, F, latent_major, dtype,
     monkeypatch.setattr(scores, "STRIP", 4096)
     x, W, b, _ = (t.to(dtype) for t in integers(N, 5, F, "cpu"))
     W = W if latent_major else W.contiguous()
-    ((first, pre),) = scores.row_blocks(x, W, b)
-    assert first == 0 and torch.equal(pre, x @ W + b)
+    ((_, _, pre),) = scores.pieces(x, W, b)
+    assert torch.equal(pre, x @ W + b)
 
 
 @pytest.mark.parametrize("N", [8, 16, 100])
@@ -142,7 +175,7 @@ def test_scores_are_the_same_inside_an_autocast_region(N):
     x, W, b = torch.randn(N, 64), torch.randn(64, 512), torch.randn(512)
     plain = kernels.select_topk(x, W.T.contiguous().T, b, 5)
     with torch.autocast("cpu", torch.bfloat16):
-        ((_, pre),) = scores.row_blocks(x, W.T.contiguous().T, b)
+        ((_, _, pre),) = scores.pieces(x, W.T.contiguous().T, b)
         same(kernels.select_topk(x, W.T.contiguous().T, b, 5), plain)
     assert float((pre - (x.double() @ W.double() + b)).abs().max()) < 1e-4
 
