@@ -76,10 +76,18 @@ def _select_torch(
         entries = torch.cat([entries[stays], (row + rows.start) * F + latent + columns.start])
         pool_pre = torch.cat([pool_pre[stays], pre[row, latent]])
         pool_score = torch.cat([pool_score[stays], candidate[hit]])
-    entries, order = entries.sort()  # equal scores go to the earlier ones
-    kept = _keep_best(pool_score[order], m)
-    entries = entries[kept]
-    return pool_pre[order][kept].to(x.dtype), (entries % F).int(), _offsets(entries // F, N)
+        if entries.numel() > 2 * m:  # many equal scores: cut now, or the pool might grow to N·F
+            entries, order = _first_best(entries, pool_score, m)
+            pool_pre, pool_score = pool_pre[order], pool_score[order]
+    entries, order = _first_best(entries, pool_score, m)
+    return pool_pre[order].to(x.dtype), (entries % F).int(), _offsets(entries // F, N)
+
+
+def _first_best(entries: Tensor, score: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """The m best entries, ascending, the earlier first among equal scores; and where they were."""
+    entries, order = entries.sort()
+    kept = _keep_best(score[order], min(m, entries.numel()))
+    return entries[kept], order[kept]
 
 
 def _select_triton(

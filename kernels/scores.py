@@ -26,7 +26,7 @@ def pieces(
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """(rows, latents, their pre-activations [R, C] in fp32 or fp64), all latents of some rows before the next rows.
 
-    A piece has at least `latents` (CHUNK) latents, or all there are: with F, rows are whole. It overwrites the one before.
+    A piece has at least `latents` (CHUNK) latents, or all that are left: with F, rows are whole. It overwrites the one before.
     """
     N, F = x.shape[0], W_enc.shape[1]
     least = min(CHUNK if latents is None else latents, F)

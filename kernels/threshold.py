@@ -40,7 +40,7 @@ def _select_torch(
         at = nonzero_flat(pre > theta[columns])
         total += at.numel()
         if 0 <= limit < total:
-            break
+            return pres[0], latents[0], torch.zeros(N + 1, dtype=torch.int32, device=x.device), total
         pres.append(pre.flatten()[at].to(x.dtype))
         latents.append((at % pre.shape[1] + columns.start).int())
         rows.append((at // pre.shape[1] + block.start).int())

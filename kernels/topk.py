@@ -24,7 +24,7 @@ from .tiles import tile
 
 MOST_SLOTS = 8192  # keys a program can keep in registers
 FEW_SCORES = 1 << 17  # so few are searched at once: finding tiles first is ten small steps, each with cold caches
-CPU_TILE = 64  # measured: 32, 64, 128 within noise of each other at F 24,576, k 32
+CPU_TILE = 64  # 32, 64, 128 measured within noise at F 24,576, k 32; divides scores.PANEL, so that pieces hold whole tiles
 
 
 def score_of(pre: Tensor, scale: Tensor | None, magnitude: bool) -> Tensor:
@@ -64,11 +64,9 @@ def _best(score: Tensor, k: int, ids: Tensor | None = None) -> Tensor:
     indices = indices[:, :k]
     torn = (values[:, k - 1] == values[:, k]).nonzero().squeeze(1)
     if torn.numel():
-        if ids is None:
-            ids = torch.arange(score.shape[1], device=score.device).expand_as(score)
-        order = ids[torn].sort(-1).indices
-        best = score[torn].gather(1, order).sort(dim=-1, descending=True, stable=True).indices[:, :k]
-        indices[torn] = order.gather(1, best)
+        score, order = score[torn], None if ids is None else ids[torn].sort(-1).indices
+        best = (score if order is None else score.gather(1, order)).sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        indices[torn] = best if order is None else order.gather(1, best)
     return indices
 
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from fastsae import SAE, AbsTopK, BatchTopK, JumpReLU, ReLU, TopK, functional
+from fastsae import SAE, AbsTopK, BatchTopK, JumpReLU, ReLU, TopK
 from fastsae.calibrate import calibrate_threshold, find_threshold, to_jumprelu
+from fastsae.kernels import scores as kernel_scores
 
 N, D, F, K = 200, 12, 60, 5
 
@@ -19,7 +20,8 @@ def make(activation, rescale=False, dtype=torch.float32):
 
 @pytest.mark.parametrize("rescale", [False, True])
 def test_mean_l0_is_exactly_k(rescale, monkeypatch):
-    monkeypatch.setattr(functional, "BLOCK_ELEMENTS", 1000)
+    monkeypatch.setattr(kernel_scores, "BLOCK_ELEMENTS", 1000)
+    monkeypatch.setattr(kernel_scores, "CHUNK", 16)
     sae, x = make(BatchTopK(K), rescale), torch.randn(N, D)
     t = calibrate_threshold(sae, list(x.split(64)))
     scores = (x @ sae.W_enc + sae.b_enc - sae.b_dec @ sae.W_enc) * (sae.W_dec.norm(dim=1) if rescale else 1)

@@ -126,6 +126,7 @@ def test_the_run_in_this_process_is_the_same(undisturbed, tmp_path):
     assert same(load_tree(tmp_path / "run" / f"step-{CONFIG.steps:06d}", "training"), expected)
 
 
+@pytest.mark.timeout(900)
 def test_a_second_run_on_a_folder_is_refused_at_once(tmp_path):
     process = start(tmp_path)
     try:

@@ -25,7 +25,7 @@ SHAPES = [
     (128, 32768, 256, 8, "topk", "split", "bf16"),
     (768, 12288, 256, 32, "topk", "fp32", "fp32"),
     (64, 4096, 4096, 16, "topk", "fp32", "bf16"),
-    (64, 65536, 1024, 32, "topk", "fp32", "fp32"),  # two pieces of scores
+    (64, 65536, 1024, 32, "topk", "fp32", "fp32"),  # four pieces of scores
     (384, 6144, 2048, 64, "topk", "split", "bf16", 256),
     (384, 6144, 2048, 64, "batchtopk", "fp32", "fp32", 512),
 ]

@@ -116,13 +116,20 @@ def test_ties_go_to_the_lower_latent(seed, device):
 
 @pytest.mark.parametrize("chunk", [128, 384])
 def test_chunking_changes_nothing(chunk, device, monkeypatch):
-    x, W, b, scale = integers(4, 3, 700, device)
+    x, W, b, scale = integers(20, 3, 700, device)
     for module in (topk, threshold, scores):
         monkeypatch.setattr(module, "CHUNK", chunk)
     monkeypatch.setattr(scores, "BLOCK_ELEMENTS", chunk * 7)
     same(kernels.select_topk(x, W, b, 11), kernels.select_topk_reference(x, W, b, 11))
     same(kernels.select_batch_topk(x, W, b, 11), kernels.select_batch_topk_reference(x, W, b, 11))
-    same(kernels.select_threshold(x, W, b, scale), kernels.select_threshold_reference(x, W, b, scale))
+    expected = kernels.select_threshold_reference(x, W, b, scale)
+    same(kernels.select_threshold(x, W, b, scale), expected)
+    same(kernels.select_threshold(x, W, b, scale, limit=len(expected[0])), expected)
+    assert kernels.select_threshold(x, W, b, scale, limit=len(expected[0]) - 1) is None
+
+
+def test_pieces_hold_whole_tiles():
+    assert scores.PANEL % topk.CPU_TILE == 0
 
 
 @pytest.mark.parametrize("F", [704, 701])
@@ -143,6 +150,19 @@ def test_tiles_kept_from_piece_to_piece_hold_the_best(k, scaled, magnitude, F, m
     same(kernels.select_topk(x, W, b, k, scale, magnitude), kernels.select_topk_reference(x, W, b, k, scale, magnitude))
     batch = kernels.select_batch_topk(x, W, b, k, scale, magnitude)
     same(batch, kernels.select_batch_topk_reference(x, W, b, k, scale, magnitude))
+    b[3:] = -torch.inf  # fewer finite scores than k
+    if not magnitude:
+        same(kernels.select_topk(x, W, b, k, scale), kernels.select_topk_reference(x, W, b, k, scale))
+
+
+def test_a_batch_of_equal_scores_keeps_no_more_of_them_than_it_needs(monkeypatch):
+    """All rows zero: the pool of candidates stays near the N·k entries that are asked for."""
+    monkeypatch.setattr(scores, "BLOCK_ELEMENTS", 1 << 12)
+    x, W, b, _ = integers(64, 3, 2048, "cpu")
+    pools, keep_best = [], batch_topk._keep_best
+    monkeypatch.setattr(batch_topk, "_keep_best", lambda score, m: (pools.append(score.numel()), keep_best(score, m))[1])
+    same(kernels.select_batch_topk(x * 0, W, b * 0, 4), kernels.select_batch_topk_reference(x * 0, W, b * 0, 4))
+    assert max(pools) <= 2 * 64 * 4 + (1 << 12)
 
 
 @pytest.mark.parametrize("latents", [1, 100, 256, 10**6])
@@ -188,7 +208,7 @@ def test_many_candidates_a_row_are_asked_for_only_where_needed(device, monkeypat
 
 
 def test_more_keys_than_a_program_holds(device, monkeypatch):
-    """Above MOST_SLOTS a row goes by blocks on a GPU too: plain top-k, and the repair of a batch with one huge row."""
+    """Above MOST_SLOTS a row goes by pieces on a GPU too: plain top-k, and the repair of a batch with one huge row."""
     for module in (topk, batch_topk):
         monkeypatch.setattr(module, "MOST_SLOTS", 8)
     x, W, b, _ = integers(4, 3, 150, device)
