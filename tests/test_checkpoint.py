@@ -538,11 +538,13 @@ def holder(run):
 
 def test_a_second_process_is_refused_at_once_and_told_who_holds_the_folder(run, holder):
     process = holder("alone")
+    took = []
     for _ in range(10):
         begin = time.monotonic()
         with pytest.raises(CheckpointError, match=rf"{run} is in use by process {process.pid} on "), run_lock(run):
             pass
-        assert time.monotonic() - begin < 20  # the holder keeps it for a minute
+        took.append(time.monotonic() - begin)
+    assert min(took) < 1  # the others may have met a machine that stood still
     process.kill()
     process.wait()
     assert (run / ".lock").exists()

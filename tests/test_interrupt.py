@@ -138,11 +138,16 @@ def test_poll_gets_out_of_a_loop_that_retries(start):
 @pytest.mark.parametrize("first", SIGNALS)
 @pytest.mark.parametrize("script", [NEVER_POLLS, NEVER_RETURNS_TO_PYTHON])
 def test_the_second_signal_ends_the_process_at_once(start, script, first, second):
-    process = start(script)
-    process.send_signal(first)
-    assert process.stdout is not None and process.stdout.readline() == "noticed\n"
-    process.send_signal(second)
-    assert process.wait(timeout=60) == -second  # by itself it never ends
+    for _ in range(3):  # the machine itself may stand still for a second, but not each time
+        process = start(script)
+        process.send_signal(first)
+        assert process.stdout is not None and process.stdout.readline() == "noticed\n"
+        begin = time.monotonic()
+        process.send_signal(second)
+        assert process.wait(timeout=60) == -second
+        if (took := time.monotonic() - begin) < 1:
+            break
+    assert took < 1
 
 
 def test_the_echo_of_a_signal_is_not_a_second_one(start):
