@@ -1,7 +1,7 @@
 """How each open question is put to a machine: what questions.py lists calls these."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from unittest.mock import patch
 
 import torch
@@ -26,6 +26,8 @@ class Here:
     device: torch.device
     limits: Ceilings
     tiny: bool
+    failures: dict[str, Exception] = field(default_factory=dict)
+    """of the question under way"""
 
     @property
     def precision(self) -> str:
@@ -35,12 +37,14 @@ class Here:
         return Shape("tiny", 32, 64, 1024, 8) if self.tiny else SHAPES[name]
 
     def ms(self, calls: dict[str, Callable[[], object]], seconds: float = 3.0) -> dict[str, float]:
-        """Medians; a call that fails is left out, unless all do."""
+        """Medians. A call that fails is left out and named in `failures`, unless all do."""
         each = {name: lambda _, call=call: call() for name, call in calls.items()}
         samples = interleave(each, self.device, 0 if self.tiny else seconds)
         medians = {name: Timing.of(taken).median for name, taken in samples.items() if isinstance(taken, list)}
+        failures = {name: taken for name, taken in samples.items() if not isinstance(taken, list)}
         if not medians:
-            raise next(iter(samples.values()))  # type: ignore[misc]
+            raise next(iter(failures.values()))
+        self.failures |= failures
         return medians
 
     def gbs(self, workload: w.Workload) -> Answer:

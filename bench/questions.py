@@ -106,15 +106,21 @@ def answer_all(here: Here, answers: dict[str, Any], path: Path, command: str, de
         if time.perf_counter() > deadline:
             found: Answer = {"not asked": "out of time"}
         else:
+            here.failures = {}
             try:
                 with torch.no_grad() if not question.name.startswith(("step", "fused", "update")) else torch.enable_grad():
                     found = question.ask(here)
+                found |= {f"{name} failed": _told(error) for name, error in here.failures.items()}
             except Exception as error:
-                found = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300].replace(str(ROOT), ".")}
+                found = {"failed": _told(error)}
             free_memory(here.device)
         answers["answers"][question.name] = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in found.items()}
         save(path, answers)
         print(f"{question.name:<16} {said(answers['answers'][question.name])}", flush=True)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300].replace(str(ROOT), ".")
 
 
 def page(answers: list[dict[str, Any]]) -> str:

@@ -144,7 +144,8 @@ def reconstruction_loss(
         widths = _ascending("prefixes", prefixes, code.d_sae)
         levels = len(widths)
         keys = code.rows.long() * code.d_sae + latents
-        edges = torch.arange(bounds.shape[0] - 1, device=keys.device)[:, None] * code.d_sae + keys.new_tensor(widths)
+        firsts = torch.arange(bounds.shape[0] - 1, device=keys.device) * code.d_sae
+        edges = torch.stack([firsts + width for width in widths], 1)  # a tensor of the widths would wait for the GPU
         bounds = torch.nn.functional.pad(torch.searchsorted(keys, edges.flatten(), out_int32=True), (1, 0))
     elif ks is not None:
         counts = _ascending("ks", ks, code.d_sae)
@@ -152,7 +153,7 @@ def reconstruction_loss(
         strongest = values.detach().abs().sort(descending=True, stable=True).indices
         order = strongest[code.rows[strongest].sort(stable=True).indices]
         values, latents, by_latent = values[order], latents[order], None
-        ends = torch.minimum(bounds[:-1, None] + bounds.new_tensor(counts), bounds[1:, None])
+        ends = torch.stack([torch.minimum(bounds[:-1] + count, bounds[1:]) for count in counts], 1)
         bounds = torch.nn.functional.pad(ends.flatten(), (1, 0))
     error, sse, l1 = kernels.decode_loss(values, latents, bounds, W_dec, b_dec, _rows(target), weight, by_latent)
     if not l1.shape[0]:  # without rows the kernel cannot know how many levels there are

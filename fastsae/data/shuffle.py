@@ -31,7 +31,7 @@ class Shuffle:
     ):
         if not 1 <= batch_size <= rows:
             raise ValueError(f"rows={rows}, batch_size={batch_size}: pass 1 <= batch_size <= rows")
-        self.source, self.device, self.drop_last, self.poll = source, device, drop_last, poll
+        self.source, self.device, self.drop_last, self.poll = source, torch.device(device), drop_last, poll
         self.sizes = {"rows": rows, "batch_size": batch_size}
         self.buffer: dict[str, Tensor] = {}
         """[rows, ...] by name, made when the first chunk shows what rows are; the first `filled` are in use"""
@@ -61,7 +61,7 @@ class Shuffle:
                 self._waiting = self._checked(fields(chunk))
             n = min(room, length(self._waiting))
             for name, rows in self._waiting.items():
-                self.buffer[name][self.filled : self.filled + n] = rows[:n]
+                self.buffer[name][self.filled : self.filled + n].copy_(self._staged(rows[:n]), non_blocking=True)
             self.filled += n
             self._waiting = {name: rows[n:] for name, rows in self._waiting.items()} if n < length(self._waiting) else {}
 
@@ -75,13 +75,20 @@ class Shuffle:
     def _empty(self, rows: Tensor) -> Tensor:
         return torch.empty(self.sizes["rows"], *rows.shape[1:], dtype=rows.dtype, device=self.device)
 
+    def _staged(self, t: Tensor) -> Tensor:
+        """`t`; what must go to a GPU, in pinned memory of its own, from which a copy need not wait for the steps under way."""
+        if self.device.type != "cuda" or t.device.type != "cpu":
+            return t
+        return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t)
+
     def _take(self, n: int) -> Batch:
         slots = self._random.choice(self.filled, n, replace=False)  # O(n): numpy permutes all only below 50 n or 10,000
         self.filled -= n
         stays = np.ones(n, dtype=bool)  # which of the last n rows
         stays[slots[slots >= self.filled] - self.filled] = False
         moves = (slots, slots[slots < self.filled], self.filled + np.flatnonzero(stays))
-        taken, holes, last = (torch.from_numpy(i).to(self.device) for i in moves)
+        indices = self._staged(torch.from_numpy(np.concatenate(moves))).to(self.device, non_blocking=True)
+        taken, holes, last = indices.split([len(i) for i in moves])
         batch: dict[str, Tensor] = {}
         for name, buffer in self.buffer.items():
             batch[name] = buffer.index_select(0, taken)

@@ -1,0 +1,73 @@
+"""Training on a GPU: the numbers of a CPU, and a host that does not wait between log steps."""
+
+import json
+
+import pytest
+import torch
+from test_trainer import VARIANTS, small
+
+from fastsae.member import Member
+from fastsae.trainer import train
+
+TINY = {"d_sae": 12, "features": 16, "d_in": 6, "batch_size": 6, "tokens": 18, "log_every": 1, "save_every": 2, "dead": "none"}
+FITTED = {"dead_window": 6, "micro_batch": 3, "k_steps": 2, "prefixes": (4, 12)}
+
+
+def tiny(out, device, **changes):
+    fitted = {name: FITTED.get(name, value) for name, value in changes.items()}
+    return small(out, **TINY | fitted, device=device)
+
+
+def logged(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_numbers_of_a_cpu(changes, tmp_path, gpu):
+    train(tiny(tmp_path / "cpu", "cpu", **changes), quiet=True)
+    with gpu():
+        trained = train(tiny(tmp_path / "gpu", "cuda", **changes), quiet=True)
+        assert all(p.is_cuda and p.isfinite().all() for p in trained.sae.parameters())
+    if "compute_dtype" in changes:
+        return  # the interpreter computes bf16 wrongly
+    on_cpu, on_gpu = logged(tmp_path / "cpu"), logged(tmp_path / "gpu")
+    for expected, found in zip(on_cpu, on_gpu, strict=True):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5, nan_ok=True)
+
+
+BATCHES = [torch.randn(6, 6, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+
+
+FINITE = "_local_scalar_dense at steppers.py"
+ENOUGH = "nonzero at kernels/batch_topk.py"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"dead": "auxk", "dead_window": 6, "unit_norm": True, "max_norm": 1.0}, []),
+        ({"activation": "abstopk", "weight_decay": 0.1, "spike": 2.0}, []),
+        ({"compute_dtype": "bfloat16", "moments": "bf16"}, []),
+        ({"prefixes": (4, 12)}, []),
+        ({"ks": (1, 2)}, []),
+        ({"activation": "batchtopk"}, [ENOUGH]),  # were the candidates enough?
+        ({"optimizer": "Adam"}, [FINITE]),  # is the gradient, and may torch's optimizer step?
+    ],
+)
+def test_the_host_waits_for_nothing(changes, expected, tmp_path, gpu, monkeypatch):
+    """Between log steps, batches from the CPU included; but for what is named."""
+    step, seen = Member.step, []
+
+    def stepping(self, batch, number):
+        if number == 1:
+            waits.clear()
+        step(self, batch, number)
+        if number == 3:
+            seen.append(dict(waits))
+
+    monkeypatch.setattr(Member, "step", stepping)
+    with gpu() as waits:
+        changes = {"source": "given", "tokens": 24, "log_every": 8, "save_every": 8, "buffer": 16} | changes
+        train(tiny(tmp_path, "cuda", **changes), source=iter(BATCHES), quiet=True)
+    (counts,) = seen  # of steps 1 to 3
+    assert {where.partition(":")[0]: count for where, count in counts.items()} == dict.fromkeys(expected, 3)

@@ -1,0 +1,22 @@
+"""tests/pretended runs in a process that takes Python for a GPU from its start; this starts it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and no need to pretend one")
+@pytest.mark.timeout(600)
+def test_pretended():
+    environment = {k: v for k, v in os.environ.items() if "PYTEST" not in k} | {"FASTSAE_PRETEND_GPU": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "tests/pretended", "-q", "-p", "no:cacheprovider"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
