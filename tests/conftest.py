@@ -1,6 +1,7 @@
 """Every test: a fixed seed and poisoned memory. Kernel tests: both paths, chosen by the `path` fixture."""
 
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -11,7 +12,14 @@ if not torch.cuda.is_available():
 
 from fastsae.kernels import backend, topk
 
-collect_ignore = [] if find_spec("sae_lens") else ["hosts"]  # test_hosts.py runs those in .venv-hosts
+PRETEND = os.environ.get("FASTSAE_PRETEND_GPU") == "1"  # test_pretended.py says so to the process that it starts
+if PRETEND:
+    import pretend_gpu
+
+    pretend_gpu.register()
+
+collect_ignore = ["hosts"] * (not find_spec("sae_lens"))  # test_hosts.py runs those in .venv-hosts
+collect_ignore += ["pretended"] * (not PRETEND)
 
 try:
     from hypothesis import HealthCheck, settings
@@ -40,19 +48,24 @@ def seeded_and_poisoned(monkeypatch):
 
 
 @pytest.fixture(params=["torch", "triton"])
-def device(request, monkeypatch) -> str:
+def device(request, monkeypatch) -> Iterator[str]:
     """Sends a test down one path and says where its tensors live: torch on the CPU; Triton on a GPU, or interpreted."""
     if request.param == "torch":
-        return "cpu"
+        yield "cpu"
+        return
     assert backend.HAS_TRITON, "kernel tests need triton: pip install 'fastsae[triton]'"
-    if torch.cuda.is_available():
-        return "cuda"
-    monkeypatch.setattr(backend, "INTERPRET", True)
-    return "cpu"
+    if PRETEND:
+        with pretend_gpu.pretend_gpu(monkeypatch):
+            yield "cuda"
+    elif torch.cuda.is_available():
+        yield "cuda"
+    else:
+        monkeypatch.setattr(backend, "INTERPRET", True)
+        yield "cpu"
 
 
 @pytest.fixture
 def dtypes(device) -> list[torch.dtype]:
     """The 32-bit and 16-bit types that can be trusted there: the interpreter computes bf16 wrongly."""
-    interpreted = backend.INTERPRET and device == "cpu"
+    interpreted = backend.INTERPRET or (PRETEND and device == "cuda")
     return [torch.float32, torch.float16] + [torch.bfloat16] * (not interpreted)

@@ -80,6 +80,9 @@ class OnGpu(Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
+    def __format__(self, how: str) -> str:
+        return format(self.cpu(), how)
+
     def __repr__(self) -> str:
         return f"OnGpu({self.inner!r})"
 

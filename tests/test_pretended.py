@@ -1,4 +1,4 @@
-"""tests/pretended runs in a process that takes Python for a GPU from its start; this starts it."""
+"""tests/pretended and the kernel tests on a pretended GPU, in processes that pretend one from their start."""
 
 import os
 import subprocess
@@ -13,10 +13,15 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and no need to pretend one")
 @pytest.mark.timeout(600)
-def test_pretended():
+@pytest.mark.parametrize(
+    "tests",
+    [["tests/pretended"], ["tests/kernels", "-k", "triton and not (properties or ties or chunking)"]],  # they take the longest
+    ids=lambda tests: tests[0],
+)
+def test_pretended(tests):
     environment = {k: v for k, v in os.environ.items() if "PYTEST" not in k} | {"FASTSAE_PRETEND_GPU": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/pretended", "-q", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", *tests, "-q", "-p", "no:cacheprovider"],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
