@@ -17,7 +17,7 @@ from torch import Tensor
 from . import check
 from .backend import accumulator, op, runs_triton
 from .scores import pieces
-from .topk import CPU_TILE, FUSED, MOST_SLOTS, block_topk, score_of, stream_topk, tile_maxima
+from .topk import CPU_TILE, FUSED, MOST_SLOTS, block_topk, score_of, stream_topk, tile_content, tile_maxima
 
 SPARE = 4  # candidates a row keeps on a GPU, in units of k; untuned
 
@@ -68,9 +68,8 @@ def _select_torch(
         bound = known.topk(m, sorted=False).values.min() if known.numel() >= m else known.new_tensor(float("-inf"))
         row, opened = (~(maxima < bound)).nonzero(as_tuple=True)
         latent = opened[:, None] * width + within  # [opened tiles, width]
-        inside = latent < pre.shape[1]
-        candidate = score[row[:, None], latent.clamp(max=pre.shape[1] - 1)]
-        hit = ~(candidate < bound) & inside
+        candidate = tile_content(score, row, opened, width)
+        hit = ~(candidate < bound) & (latent < pre.shape[1])
         latent, row = latent[hit], row[:, None].expand_as(hit)[hit]
         stays = ~(pool_score < bound)
         entries = torch.cat([entries[stays], (row + rows.start) * F + latent + columns.start])

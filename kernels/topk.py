@@ -88,14 +88,14 @@ class _Tiles:
             self.numbers = _best(maxima, self.k)
             self.maxima = maxima.gather(1, self.numbers)
             rows = torch.arange(pre.shape[0], device=pre.device).repeat_interleave(self.k)
-            self.content = _content(pre, rows, self.numbers.flatten(), self.width).view(*self.numbers.shape, -1)
+            self.content = tile_content(pre, rows, self.numbers.flatten(), self.width).view(*self.numbers.shape, -1)
             return
         numbers = torch.arange(maxima.shape[1], device=pre.device).expand_as(maxima) + first // self.width
         known, ids = torch.cat([self.maxima, maxima], 1), torch.cat([self.numbers, numbers], 1)
         stays = torch.zeros_like(known, dtype=torch.bool).scatter_(1, _best(known, self.k, ids), True)
         row, place = (~stays[:, : self.k]).nonzero(as_tuple=True)
         _, entering = stays[:, self.k :].nonzero(as_tuple=True)  # as many in each row
-        self.content[row, place] = _content(pre, row, entering, self.width)
+        self.content[row, place] = tile_content(pre, row, entering, self.width)
         self.numbers[row, place], self.maxima[row, place] = numbers[row, entering], maxima[row, entering]
 
     def best(self, F: int) -> tuple[Tensor, Tensor]:
@@ -123,13 +123,13 @@ class _Tiles:
         return pre.gather(1, best).gather(1, order), latents
 
 
-def _content(pre: Tensor, row: Tensor, number: Tensor, width: int) -> Tensor:
+def tile_content(score: Tensor, row: Tensor, number: Tensor, width: int) -> Tensor:
     """Tiles of scores [R, C]; past the last score, anything. [tiles, width]"""
-    C = pre.shape[1]
+    C = score.shape[1]
     if C % width == 0:
-        return pre.view(-1, width).index_select(0, row * (C // width) + number)
-    columns = number[:, None] * width + torch.arange(width, device=pre.device)
-    return pre[row[:, None], columns.clamp(max=C - 1)]
+        return score.view(-1, width).index_select(0, row * (C // width) + number)
+    columns = number[:, None] * width + torch.arange(width, device=score.device)
+    return score[row[:, None], columns.clamp(max=C - 1)]
 
 
 def block_topk(
