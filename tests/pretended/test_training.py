@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_trainer import VARIANTS, small
 
+from fastsae import functional
 from fastsae.member import Member
 from fastsae.trainer import train
 
@@ -40,20 +41,22 @@ BATCHES = [torch.randn(6, 6, generator=torch.Generator().manual_seed(i)) for i i
 
 FINITE = "_local_scalar_dense at steppers.py"
 ENOUGH = "nonzero at kernels/batch_topk.py"
+COUNT = "_local_scalar_dense at kernels/threshold.py"
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"dead": "auxk", "dead_window": 6, "unit_norm": True, "max_norm": 1.0}, []),
-        ({"activation": "abstopk", "weight_decay": 0.1, "spike": 2.0}, []),
-        ({"compute_dtype": "bfloat16", "moments": "bf16"}, []),
-        ({"prefixes": (4, 12)}, []),
-        ({"ks": (1, 2)}, []),
-        ({"activation": "batchtopk"}, [ENOUGH]),  # were the candidates enough?
-        ({"optimizer": "Adam"}, [FINITE]),  # is the gradient, and may torch's optimizer step?
-    ],
-)
+STEPS = {  # what they train, and what a step waits for
+    "auxk, unit norm, clipped": ({"dead": "auxk", "dead_window": 6, "unit_norm": True, "max_norm": 1.0}, []),
+    "abstopk, decay, spikes": ({"activation": "abstopk", "weight_decay": 0.1, "spike": 2.0}, []),
+    "split master": ({"compute_dtype": "bfloat16", "moments": "bf16"}, []),
+    "matryoshka": ({"prefixes": (4, 12)}, []),
+    "hierarchical": ({"ks": (1, 2)}, []),
+    "batchtopk": ({"activation": "batchtopk"}, [ENOUGH]),  # were the candidates enough?
+    "jumprelu": ({"activation": "jumprelu", "sparsity": "l0_tanh", "coefficient": 0.01}, [COUNT]),  # how many entries are there?
+    "torch's optimizer": ({"optimizer": "Adam"}, [FINITE]),  # is the gradient, and may it step?
+}
+
+
+@pytest.mark.parametrize(("changes", "expected"), STEPS.values(), ids=STEPS)
 def test_the_host_waits_for_nothing(changes, expected, tmp_path, gpu, monkeypatch):
     """Between log steps, batches from the CPU included; but for what is named."""
     step, seen = Member.step, []
@@ -66,6 +69,7 @@ def test_the_host_waits_for_nothing(changes, expected, tmp_path, gpu, monkeypatc
             seen.append(dict(waits))
 
     monkeypatch.setattr(Member, "step", stepping)
+    monkeypatch.setattr(functional, "SPARSE_BELOW", 1.0)  # at this size JumpReLU would go the dense way, which asks nothing
     with gpu() as waits:
         changes = {"source": "given", "tokens": 24, "log_every": 8, "save_every": 8, "buffer": 16} | changes
         train(tiny(tmp_path, "cuda", **changes), source=iter(BATCHES), quiet=True)
