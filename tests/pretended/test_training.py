@@ -51,7 +51,7 @@ STEPS = {  # what they train, and what a step waits for
     "matryoshka": ({"prefixes": (4, 12)}, []),
     "hierarchical": ({"ks": (1, 2)}, []),
     "batchtopk": ({"activation": "batchtopk"}, [ENOUGH]),  # were the candidates enough?
-    "jumprelu": ({"activation": "jumprelu", "sparsity": "l0_tanh", "coefficient": 0.01}, [COUNT]),  # how many entries are there?
+    "jumprelu": ({"activation": "jumprelu", "sparsity": "l0_tanh", "coefficient": 0.01}, [COUNT]),  # how many entries?
     "torch's optimizer": ({"optimizer": "Adam"}, [FINITE]),  # is the gradient, and may it step?
 }
 
