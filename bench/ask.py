@@ -11,12 +11,17 @@ from fastsae.optim import FusedAdam
 
 from . import workloads as w
 from .cases import SHAPES, Case, Shape, phases
+from .environment import ROOT
 from .measure import Ceilings, Timing, free_memory, interleave
 from .providers import Fastsae, Task
 from .providers.ours import sae_of
 from .tune import describe, tune
 
 Answer = dict[str, float | str]
+
+
+def told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300].replace(str(ROOT), ".")
 
 
 @dataclass
@@ -26,8 +31,8 @@ class Here:
     device: torch.device
     limits: Ceilings
     tiny: bool
-    failures: dict[str, Exception] = field(default_factory=dict)
-    """of the question under way"""
+    failures: dict[str, str] = field(default_factory=dict)
+    """of the question under way; in words, since an exception would keep its tensors alive"""
 
     @property
     def precision(self) -> str:
@@ -44,7 +49,7 @@ class Here:
         failures = {name: taken for name, taken in samples.items() if not isinstance(taken, list)}
         if not medians:
             raise next(iter(failures.values()))
-        self.failures |= failures
+        self.failures |= {name: told(failure) for name, failure in failures.items()}
         return medians
 
     def gbs(self, workload: w.Workload) -> Answer:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from . import ask
-from .ask import Answer, Here
+from .ask import Answer, Here, told
 from .environment import ROOT, environment
 from .measure import ceilings, free_memory
 from .table import markdown
@@ -110,17 +110,13 @@ def answer_all(here: Here, answers: dict[str, Any], path: Path, command: str, de
             try:
                 with torch.no_grad() if not question.name.startswith(("step", "fused", "update")) else torch.enable_grad():
                     found = question.ask(here)
-                found |= {f"{name} failed": _told(error) for name, error in here.failures.items()}
             except Exception as error:
-                found = {"failed": _told(error)}
+                found = {"failed": told(error)}
+            found |= {f"{name} failed": why for name, why in here.failures.items()}
             free_memory(here.device)
         answers["answers"][question.name] = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in found.items()}
         save(path, answers)
         print(f"{question.name:<16} {said(answers['answers'][question.name])}", flush=True)
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300].replace(str(ROOT), ".")
 
 
 def page(answers: list[dict[str, Any]]) -> str:

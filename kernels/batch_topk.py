@@ -67,8 +67,8 @@ def _select_torch(
         known.masked_fill_(known.isnan(), float("-inf"))
         bound = known.topk(m, sorted=False).values.min() if known.numel() >= m else known.new_tensor(float("-inf"))
         row, opened = (~(maxima < bound)).nonzero(as_tuple=True)
-        latent = opened[:, None] * width + within  # [opened tiles, width]
-        candidate = tile_content(score, row, opened, width)
+        candidate = tile_content(score, row, opened, width)  # [opened tiles, width]
+        latent = opened[:, None] * width + within
         hit = ~(candidate < bound) & (latent < pre.shape[1])
         latent, row = latent[hit], row[:, None].expand_as(hit)[hit]
         stays = ~(pool_score < bound)

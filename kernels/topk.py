@@ -129,7 +129,7 @@ def tile_content(score: Tensor, row: Tensor, number: Tensor, width: int) -> Tens
     if C % width == 0:
         return score.view(-1, width).index_select(0, row * (C // width) + number)
     columns = number[:, None] * width + torch.arange(width, device=score.device)
-    return score[row[:, None], columns.clamp(max=C - 1)]
+    return score[row[:, None], columns.clamp_(max=C - 1)]
 
 
 def block_topk(

@@ -1,4 +1,4 @@
-"""Every test: a fixed seed and poisoned memory. Kernel tests: both paths, chosen by the `path` fixture."""
+"""Every test: a fixed seed and poisoned memory. Kernel tests: both paths, chosen by the `device` fixture."""
 
 import os
 from collections.abc import Iterator

@@ -146,7 +146,7 @@ def _waits(name: str, args: Any, kwargs: Any, tensors: list[Tensor], to_gpu: boo
         at_once = kwargs.get("non_blocking") or args[2:3] == (True,)
         return isinstance(source, OnGpu) != to_gpu and not (at_once and (to_gpu and hasattr(source, "is_pretended_pinned")))
     if name in INDEXING:
-        return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        return any(i is not None and (i.dtype in (torch.bool, torch.uint8) or not isinstance(i, OnGpu)) for i in args[1])
     if name == "repeat_interleave":
         return isinstance(args[-1], Tensor) and "output_size" not in kwargs
     return name in READS
@@ -220,17 +220,25 @@ def pretend_gpu(monkeypatch: Any) -> Iterator[Counter[str]]:
 
     def unwrapped(a: Any) -> Any:
         if isinstance(a, TensorDescriptor):
-            return TensorDescriptor(a.base.inner, a.shape, a.strides, a.block_shape, a.padding)
+            return TensorDescriptor(unwrapped(a.base), a.shape, a.strides, a.block_shape, a.padding)
+        if isinstance(a, Tensor) and not isinstance(a, OnGpu):
+            raise ValueError(f"a kernel was given a tensor on the CPU: {list(a.shape)}")
         return a.inner if isinstance(a, OnGpu) else a
 
     def launching(self: Any, *args: Any, **kwargs: Any) -> Any:
         with _disable_current_modes():
             return launch(self, *map(unwrapped, args), **{name: unwrapped(a) for name, a in kwargs.items()})
 
+    start = threading.Thread.start
+
+    def starting(self: threading.Thread) -> None:
+        self.run = modes()(self.run)  # type: ignore[method-assign]
+        start(self)
+
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", launching)
     monkeypatch.setattr(tiles, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(torch, "Generator", Generator)
-    monkeypatch.setattr(threading.Thread, "run", modes()(threading.Thread.run))
+    monkeypatch.setattr(threading.Thread, "start", starting)
     for name, stand_in in {
         "Event": Event,
         "_lazy_init": lambda: None,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .models import LanguageModel
 from .source import Batch
+from .staging import sent
 from .tokens import Tokens
 
 MEMORY = 100
@@ -57,7 +58,7 @@ class Activations:
         keep = self._kept(tokens.flatten(), rows)
         if keep is not None:
             at = keep.nonzero().squeeze(1)  # here, on the CPU: on a GPU it would wait for the model
-            rows = {hook: x.index_select(0, at.to(x.device)) for hook, x in rows.items()}
+            rows = {hook: x.index_select(0, sent(at, x.device)) for hook, x in rows.items()}
         rows = {hook: x.to(self.device) for hook, x in rows.items()}
         if isinstance(self.hooks, str):
             x = rows[self.hooks]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .source import Batch, Source, batch_of, check_kinds, fields, kinds, length
+from .staging import put, sent
 
 
 class Shuffle:
@@ -59,9 +60,9 @@ class Shuffle:
                 if chunk is None:
                     return
                 self._waiting = self._checked(fields(chunk))
-            n = min(room, length(self._waiting))
+            n = min(room, length(self._waiting), self.sizes["batch_size"])  # which bounds the pinned memory
             for name, rows in self._waiting.items():
-                self.buffer[name][self.filled : self.filled + n].copy_(self._staged(rows[:n]), non_blocking=True)
+                put(self.buffer[name][self.filled : self.filled + n], rows[:n])
             self.filled += n
             self._waiting = {name: rows[n:] for name, rows in self._waiting.items()} if n < length(self._waiting) else {}
 
@@ -75,20 +76,13 @@ class Shuffle:
     def _empty(self, rows: Tensor) -> Tensor:
         return torch.empty(self.sizes["rows"], *rows.shape[1:], dtype=rows.dtype, device=self.device)
 
-    def _staged(self, t: Tensor) -> Tensor:
-        """`t`; what must go to a GPU, in pinned memory of its own, from which a copy need not wait for the steps under way."""
-        if self.device.type != "cuda" or t.device.type != "cpu":
-            return t
-        return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t)
-
     def _take(self, n: int) -> Batch:
         slots = self._random.choice(self.filled, n, replace=False)  # O(n): numpy permutes all only below 50 n or 10,000
         self.filled -= n
         stays = np.ones(n, dtype=bool)  # which of the last n rows
         stays[slots[slots >= self.filled] - self.filled] = False
         moves = (slots, slots[slots < self.filled], self.filled + np.flatnonzero(stays))
-        indices = self._staged(torch.from_numpy(np.concatenate(moves))).to(self.device, non_blocking=True)
-        taken, holes, last = indices.split([len(i) for i in moves])
+        taken, holes, last = sent(torch.from_numpy(np.concatenate(moves)), self.device).split([len(i) for i in moves])
         batch: dict[str, Tensor] = {}
         for name, buffer in self.buffer.items():
             batch[name] = buffer.index_select(0, taken)

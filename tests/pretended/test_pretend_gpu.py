@@ -5,6 +5,7 @@ import torch
 
 from fastsae import SAE, TopK
 from fastsae.kernels import backend
+from fastsae.kernels import topk as kernels
 
 
 def test_tensors_of_two_devices_are_refused(gpu):
@@ -12,15 +13,23 @@ def test_tensors_of_two_devices_are_refused(gpu):
         x = torch.randn(4, device="cuda")
         assert x.is_cuda and x.device == torch.device("cuda", 0) and type(x.cpu()) is torch.Tensor
         assert torch.equal((x * 2 + torch.tensor(1.0)).cpu(), x.cpu() * 2 + 1)  # a number may come from the CPU
-        assert torch.equal(x[torch.tensor([3, 0])].cpu(), x.cpu()[[3, 0]])  # and so may indices
+        assert torch.equal(x[torch.tensor([3, 0])].cpu(), x.cpu()[[3, 0]])  # and so may indices, which waits
         for mixed in (lambda: x + torch.ones(4), lambda: torch.cat([x, torch.ones(4)]), lambda: torch.ones(4).mul_(x)):
             with pytest.raises(RuntimeError, match="same device"):
                 mixed()
 
 
+def test_a_kernel_is_given_no_tensor_on_the_cpu(gpu):
+    with gpu(), pytest.raises(ValueError, match="kernel was given a tensor on the CPU"):
+        kernels.select_topk_forward(
+            torch.randn(3, 4, device="cuda"), torch.randn(12, 4, device="cuda").T, torch.zeros(12), 2, None, False, False
+        )
+
+
 WAITS = {
     "_local_scalar_dense": lambda x: float(x[0]),
     "index": lambda x: x[x > 0],
+    "index ": lambda x: x[torch.tensor([1, 2])],
     "masked_select": lambda x: x.masked_select(x > 0),
     "nonzero": lambda x: torch.where(x > 0),
     "repeat_interleave": lambda x: x.repeat_interleave(torch.ones(5, device="cuda").long()),
