@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[1]
     ids=lambda tests: tests[0],
 )
 def test_pretended(tests):
+    if tests[0] == "tests/kernels" and int(os.environ.get("FASTSAE_EXAMPLES", "25")) < 200:
+        pytest.skip("with the counts of .ci/run: make test has run these tests without a pretended GPU")
     environment = {k: v for k, v in os.environ.items() if "PYTEST" not in k} | {"FASTSAE_PRETEND_GPU": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *tests, "-q", "-p", "no:cacheprovider"],
