@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from fastsae import SAE, TopK
-from fastsae.kernels import backend
-from fastsae.kernels import topk as kernels
+from fastsae.kernels import backend, topk
 
 
 def test_tensors_of_two_devices_are_refused(gpu):
@@ -21,7 +20,7 @@ def test_tensors_of_two_devices_are_refused(gpu):
 
 def test_a_kernel_is_given_no_tensor_on_the_cpu(gpu):
     with gpu(), pytest.raises(ValueError, match="kernel was given a tensor on the CPU"):
-        kernels.select_topk_forward(
+        topk.select_topk_forward(
             torch.randn(3, 4, device="cuda"), torch.randn(12, 4, device="cuda").T, torch.zeros(12), 2, None, False, False
         )
 

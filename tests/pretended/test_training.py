@@ -1,11 +1,10 @@
 """Training on a GPU: the numbers of a CPU, and a host that does not wait between log steps."""
 
-import json
 import os
 
 import pytest
 import torch
-from test_trainer import VARIANTS, small
+from test_trainer import VARIANTS, lines, small
 
 from fastsae import functional
 from fastsae.data.shards import write_shards
@@ -22,10 +21,6 @@ def tiny(out, device, **changes):
     return small(out, **TINY | fitted, device=device)
 
 
-def logged(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 FEW = ("topk", "batchtopk", "jumprelu", "gated", "ghost", "resample", "split master")
 NAMES = VARIANTS if int(os.environ.get("FASTSAE_EXAMPLES", "25")) >= 200 else FEW  # all with the counts of .ci/run
 
@@ -38,11 +33,14 @@ def test_numbers_of_a_cpu(changes, tmp_path, gpu):
         assert all(p.is_cuda and p.isfinite().all() for p in trained.sae.parameters())
     if "compute_dtype" in changes:
         return  # the interpreter computes bf16 wrongly
-    on_cpu, on_gpu = logged(tmp_path / "cpu"), logged(tmp_path / "gpu")
+    on_cpu, on_gpu = lines(tmp_path / "cpu"), lines(tmp_path / "gpu")
     for expected, found in zip(on_cpu, on_gpu, strict=True):
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5, nan_ok=True)
     if "dead_window" in changes:  # the second step has dead latents to work on, unless the first gave them new directions
         assert (on_gpu[0]["sparsity/dead_features"] > 0) == (changes.get("dead") != "resample")
+
+
+BATCHES = [torch.randn(6, 6, generator=torch.Generator().manual_seed(i)) for i in range(8)]
 
 
 def test_batches_read_ahead(tmp_path, gpu):
@@ -55,14 +53,9 @@ def test_batches_read_ahead(tmp_path, gpu):
         torch.testing.assert_close(on_gpu.sae.W_dec.cpu(), on_cpu.sae.W_dec)
 
 
-BATCHES = [torch.randn(6, 6, generator=torch.Generator().manual_seed(i)) for i in range(8)]
-
-
 FINITE = "_local_scalar_dense at steppers.py"
 ENOUGH = "nonzero at kernels/batch_topk.py"
 COUNT = "_local_scalar_dense at kernels/threshold.py"
-
-
 STEPS = {  # what they train, and what a step waits for
     "auxk": ({"dead": "auxk", "dead_window": 6}, []),
     "abstopk, decay, spikes": ({"activation": "abstopk", "weight_decay": 0.1, "spike": 2.0}, []),
