@@ -33,7 +33,7 @@ class Activation(nn.Module):
         return functional.encode_selected(x, W_enc, b_enc, self.select)
 
     def encode_within(
-        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, limit: int, select_scale: Tensor | None = None
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, limit: int | None, select_scale: Tensor | None = None
     ) -> SparseCode | None:
         """The same, or None: more than `limit` entries, and `activate` is all there is to it, so a dense path is exact."""
         return self.encode(x, W_enc, b_enc, select_scale)
@@ -170,7 +170,7 @@ class _Threshold(Activation):
         return functional.encode_threshold(x, W_enc, b_enc, self.threshold(b_enc))
 
     def encode_within(
-        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, limit: int, select_scale: Tensor | None = None
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, limit: int | None, select_scale: Tensor | None = None
     ) -> SparseCode | None:
         _no_ranking(self, select_scale)
         return functional.encode_threshold(x, W_enc, b_enc, self.threshold(b_enc), limit)

@@ -19,6 +19,7 @@ from .data.source import Batch
 from .dead import DeadLatents, dead_latents, slots_for
 from .formats.parts import put_together, take_apart
 from .initialise import build, default_dead_window, input_scale, learning_rate, set_b_dec
+from .kernels import check
 from .objective import Objective, Outcome
 from .resample import resample
 from .sae import SAE
@@ -87,7 +88,7 @@ class Member:
             x, target = x * self.scale, x * self.scale if target is x else target * self.scale
         sae = self.sae.train()
         self._set_k(step)
-        if self.device.type == "cpu" and not (sae.encoder_input(x).isfinite().all() and target.isfinite().all()):
+        if self.device.type == "cpu" and not (check.all_finite(sae.encoder_input(x)) and check.all_finite(target)):
             self._refuse(step)  # a GPU says so by its loss
             return
         dead = self._dead(step)

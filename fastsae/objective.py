@@ -98,13 +98,11 @@ class Objective:
 
     def _by_entry(self, sae: SAE, x: Tensor, target: Tensor, norms: Tensor | None, step: int) -> "_Found | None":
         """None where the code is not sparse."""
-        if self.settings.prefixes or self.settings.ks:
-            code = sae.encode_sparse(x)
-        else:
-            code = sae.encode_sparse_within(x, int(x.shape[0] * sae.d_sae * functional.SPARSE_BELOW))
+        by_entry_only = self.settings.prefixes or self.settings.ks
+        limit = None if by_entry_only else int(x.shape[0] * sae.d_sae * functional.SPARSE_BELOW)
+        code = sae.encode_sparse_within(x, limit, observe=True)
         if code is None:
             return None
-        sae.activation.observe(code, sae.select_scale())
         r = losses.reconstruct(sae, code, x, target, prefixes=self.settings.prefixes or None, ks=self.settings.ks or None)
         cost, gate_sse = None, None
         if self.sparsity != "none":

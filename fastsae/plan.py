@@ -120,8 +120,8 @@ class Plan:
         (rows, latents), tile = self._piece(), CPU_TILE
         maxima = 4 * rows * latents // tile
         if self.activation == "batchtopk":  # every tile that one of the best may be in
-            return maxima + 17 * min(tile * self.micro_batch * self.k, rows * latents)
-        return maxima + 7 * rows * self.k * tile if 2 * self.k * tile < self.d_sae else 40 * rows * self.k
+            return maxima + 10 * min(tile * self.micro_batch * self.k, rows * latents)
+        return maxima + 6 * rows * self.k * tile if 2 * self.k * tile < self.d_sae else 40 * rows * self.k
 
     def _dots(self) -> int:
         """Rows gathered in both types to make dvalues; an fp32 CPU has an operator that gathers nothing."""

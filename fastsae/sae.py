@@ -102,10 +102,19 @@ class SAE(nn.Module):
         code = self._activate(self.activation.encode(self.encoder_input(x), self.W_enc, self.b_enc, self.select_scale()))
         return code if latents is None else code.restrict(latents)
 
-    def encode_sparse_within(self, x: Tensor, limit: int) -> SparseCode | None:
-        """The same, or None where it has more than `limit` entries and a dense path is exact (functional.reconstruct_dense)."""
-        code = self.activation.encode_within(self.encoder_input(x), self.W_enc, self.b_enc, limit, self.select_scale())
-        return None if code is None else self._activate(code)
+    def encode_sparse_within(self, x: Tensor, limit: int | None, observe: bool = False) -> SparseCode | None:
+        """The same, or None where it has more than `limit` entries and a dense path is exact (functional.reconstruct_dense).
+
+        With `observe` the activation learns from it what a trainer lets it learn (Activation.observe).
+        """
+        scale = self.select_scale()
+        code = self.activation.encode_within(self.encoder_input(x), self.W_enc, self.b_enc, limit, scale)
+        if code is None:
+            return None
+        code = self._activate(code)
+        if observe:
+            self.activation.observe(code, scale)
+        return code
 
     def encode(self, x: Tensor) -> Tensor:
         """Activations as a dense [..., d_sae], what every host library's users expect."""

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from . import check
 from .backend import accumulator, op, runs_triton
-from .scores import pieces
-from .topk import CPU_TILE, FUSED, MOST_SLOTS, block_topk, score_of, stream_topk, tile_content, tile_maxima
+from .score_tiles import CPU_TILE, SCORES_AT_ONCE, content_score, score_of, tile_content, tile_maxima
+from .scores import nonzero_flat, pieces
+from .topk import FUSED, MOST_SLOTS, block_topk, stream_topk
 
 SPARE = 4  # candidates a row keeps on a GPU, in units of k; untuned
 
@@ -61,20 +62,25 @@ def _select_torch(
     pool_pre = torch.empty(0, dtype=accumulator(x.dtype), device=x.device)
     pool_score = pool_pre.clone()
     for rows, columns, pre in pieces(x, W_enc, b_enc):
-        score = score_of(pre, None if scale is None else scale[columns], magnitude)
-        maxima = tile_maxima(score, width)
+        ranked = None if scale is None else scale[columns]
+        maxima = tile_maxima(pre, ranked, magnitude, width)
         known = torch.cat([pool_score, maxima.flatten()])
         known.masked_fill_(known.isnan(), float("-inf"))
         bound = known.topk(m, sorted=False).values.min() if known.numel() >= m else known.new_tensor(float("-inf"))
-        row, opened = (~(maxima < bound)).nonzero(as_tuple=True)
-        candidate = tile_content(score, row, opened, width)  # [opened tiles, width]
-        latent = opened[:, None] * width + within
-        hit = ~(candidate < bound) & (latent < pre.shape[1])
-        latent, row = latent[hit], row[:, None].expand_as(hit)[hit]
         stays = ~(pool_score < bound)
-        entries = torch.cat([entries[stays], (row + rows.start) * F + latent + columns.start])
-        pool_pre = torch.cat([pool_pre[stays], pre[row, latent]])
-        pool_score = torch.cat([pool_score[stays], candidate[hit]])
+        pool = [(entries[stays], pool_pre[stays], pool_score[stays])]
+        tiles = (~(maxima < bound)).nonzero()
+        for row, opened in (some.unbind(1) for some in tiles.split(SCORES_AT_ONCE // width)):
+            content = tile_content(pre, row, opened, width)  # [tiles, width]
+            candidate = content_score(content, opened, ranked, magnitude)
+            hit = ~(candidate < bound)
+            if pre.shape[1] % width:
+                hit &= opened[:, None] * width + within < pre.shape[1]
+            at = nonzero_flat(hit)
+            tile = at // width
+            latent = opened[tile] * width + at % width + columns.start
+            pool.append(((row[tile] + rows.start) * F + latent, content.flatten()[at], candidate.flatten()[at]))
+        entries, pool_pre, pool_score = (torch.cat(parts) for parts in zip(*pool, strict=True))
         if entries.numel() > 2 * m:  # many equal scores: cut now, or the pool might grow to N·F
             entries, order = _first_best(entries, pool_score, m)
             pool_pre, pool_score = pool_pre[order], pool_score[order]

@@ -53,10 +53,15 @@ def encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor, **per_latent: Tensor | None
 
 def finite(name: str, t: Tensor) -> None:
     """No NaN or infinity, where looking costs no host sync."""
-    # a sum is one pass and shows every NaN and infinity; it may overflow without one, so look closer before complaining
-    if _values_can_be_read(t) and not torch.isfinite(t.sum()) and not torch.isfinite(t).all():
+    if _values_can_be_read(t) and not all_finite(t):
         bad = int((~torch.isfinite(t)).sum())
         raise ValueError(f"{name} has {bad} non-finite values of {t.numel()}: drop or repair those rows before encoding")
+
+
+def all_finite(t: Tensor) -> bool:
+    """Reads the values."""
+    # a sum is one pass and shows every NaN and infinity; it may overflow without one, so look closer then
+    return bool(t.sum().isfinite() or t.isfinite().all())
 
 
 def non_negative(name: str, t: Tensor) -> None:

@@ -19,19 +19,12 @@ from torch import Tensor
 from . import check
 from .backend import accumulator, op, runs_triton, tl, triton
 from .dense_encode import gemm
+from .score_tiles import CPU_TILE, SCORES_AT_ONCE, content_score, score_of, tile_content, tile_maxima
 from .scores import CHUNK, chunk_gemm, nonzero_flat, pieces
 from .tiles import tile
 
 MOST_SLOTS = 8192  # keys a program can keep in registers
 FEW_SCORES = 1 << 17  # so few are searched at once: finding tiles first is ten small steps, each with cold caches
-CPU_TILE = 64  # 32, 64, 128 measured within noise at F 24,576, k 32; divides scores.PANEL, so that pieces hold whole tiles
-
-
-def score_of(pre: Tensor, scale: Tensor | None, magnitude: bool) -> Tensor:
-    """What latents are ranked by."""
-    if scale is not None:
-        pre = pre * scale
-    return pre.abs() if magnitude else pre
 
 
 def select_topk_reference(
@@ -45,14 +38,6 @@ def select_topk_reference(
 
 
 # ---------------------------------------------------------------------------------------------------------- torch path
-
-
-def tile_maxima(score: Tensor, width: int) -> Tensor:
-    """[R, ceil(F / width)], the last tile ragged."""
-    R, F = score.shape
-    whole = F // width
-    maxima = score[:, : whole * width].unflatten(1, (whole, width)).amax(-1)
-    return maxima if whole * width == F else torch.cat([maxima, score[:, whole * width :].amax(-1, keepdim=True)], 1)
 
 
 def _best(score: Tensor, k: int, ids: Tensor | None = None) -> Tensor:
@@ -83,7 +68,7 @@ class _Tiles:
     def add(self, pre: Tensor, first: int) -> None:
         """Latents `first`, `first` + 1, ... of all rows: pre [R, C]."""
         scale = None if self.scale is None else self.scale[first : first + pre.shape[1]]
-        maxima = tile_maxima(score_of(pre, scale, self.magnitude), self.width)
+        maxima = tile_maxima(pre, scale, self.magnitude, self.width)
         if first == 0:
             self.numbers = _best(maxima, self.k)
             self.maxima = maxima.gather(1, self.numbers)
@@ -99,37 +84,32 @@ class _Tiles:
         self.numbers[row, place], self.maxima[row, place] = numbers[row, entering], maxima[row, entering]
 
     def best(self, F: int) -> tuple[Tensor, Tensor]:
-        """(pre, latents) of each row's k best, latents ascending. [R, k]"""
-        (R, k), width = self.numbers.shape, self.width
-        scale = None
-        if self.scale is not None:
-            scale = torch.nn.functional.pad(self.scale, (0, -F % width)).view(-1, width)[self.numbers]
-        score = score_of(self.content, scale, self.magnitude)
+        """(pre, latents) of each row's k best of F latents, latents ascending. [R, k]"""
+        rows = max(1, SCORES_AT_ONCE // (self.k * self.width))
+        found = [self._best_of(slice(n, n + rows), F) for n in range(0, self.numbers.shape[0], rows)]
+        pre, latents = zip(*found, strict=True)
+        return torch.cat(pre), torch.cat(latents)
+
+    def _best_of(self, rows: slice, F: int) -> tuple[Tensor, Tensor]:
+        k, width, content, numbers = self.k, self.width, self.content[rows], self.numbers[rows]
+        R = content.shape[0]
+        score = content_score(content, numbers, self.scale, self.magnitude)
         if F % width:
-            row, place = (self.numbers == F // width).nonzero(as_tuple=True)
+            row, place = (numbers == F // width).nonzero(as_tuple=True)
             score[row, place, F % width :] = float("-inf")
         # k scores of a row reach the least of its maxima, and hardly more than k do
-        at = nonzero_flat(~(score.flatten(1) < self.maxima.amin(1, keepdim=True)))
+        at = nonzero_flat(~(score.flatten(1) < self.maxima[rows].amin(1, keepdim=True)))
         row = at // (k * width)
         counts = torch.bincount(row, minlength=R)
         slot = torch.arange(at.shape[0], device=at.device) - (counts.cumsum(0) - counts)[row]
         finalists = score.new_full((R, int(counts.max())), float("-inf"))
         finalists[row, slot] = score.flatten()[at]
         pre, latents = torch.zeros_like(finalists), torch.full(finalists.shape, F, device=at.device)
-        pre[row, slot] = self.content.flatten()[at]
-        latents[row, slot] = self.numbers.flatten()[at // width] * width + at % width
+        pre[row, slot] = content.flatten()[at]
+        latents[row, slot] = numbers.flatten()[at // width] * width + at % width
         best = _best(finalists, k, latents)
         latents, order = latents.gather(1, best).sort(-1)
         return pre.gather(1, best).gather(1, order), latents
-
-
-def tile_content(score: Tensor, row: Tensor, number: Tensor, width: int) -> Tensor:
-    """Tiles of scores [R, C]; past the last score, anything. [tiles, width]"""
-    C = score.shape[1]
-    if C % width == 0:
-        return score.view(-1, width).index_select(0, row * (C // width) + number)
-    columns = number[:, None] * width + torch.arange(width, device=score.device)
-    return score[row[:, None], columns.clamp_(max=C - 1)]
 
 
 def block_topk(
@@ -141,7 +121,9 @@ def block_topk(
     latents_out = torch.empty(x.shape[0], k, dtype=torch.int32, device=x.device)
     for rows, columns, pre in pieces(x, W_enc, b_enc, latents=4 * k * CPU_TILE):  # so that most tiles are left out
         if pre.shape[1] == F and (2 * k * CPU_TILE >= F or pre.numel() <= FEW_SCORES):
-            latents_out[rows] = latents = _best(score_of(pre, scale, magnitude), k).sort(-1).values
+            step = max(1, SCORES_AT_ONCE // F)
+            best = [_best(score_of(some, scale, magnitude), k) for some in pre.split(step)]
+            latents_out[rows] = latents = torch.cat(best).sort(-1).values
             pre_out[rows] = pre.gather(1, latents)
             continue
         tiles.add(pre, columns.start)

@@ -194,11 +194,11 @@ def _triton_path(
     return result
 
 
-def _slices(factors, order, starts, stored, dnorm, W, low, unit_norm):
-    """(slice of latents, its weights, its gradient) for one slice after the other; weights are W's own memory, if not split."""
+def _slices(factors, order, starts, stored, dnorm, W, low, unit_norm, clip):
+    """(slice of latents, its weights, its clipped gradient), one after the other; weights are W's own memory, if not split."""
     F, D = W.shape
     wide = accumulator(W.dtype)
-    table, coefficients, rows = factors.table.to(wide), factors.coefficients[order].to(wide), factors.rows[order]
+    table, coefficients, rows = factors.table.to(wide), factors.coefficients[order].to(wide) * clip, factors.rows[order]
     latents = max(1, SLICE // D)
     keep_freed_memory()
     for f in range(0, F, latents):
@@ -208,12 +208,11 @@ def _slices(factors, order, starts, stored, dnorm, W, low, unit_norm):
         grad = segment_rows(table, rows[begin:end], coefficients[begin:end], bounds - begin)
         w = W[part] if low is None else joined(W[part], low[part])
         if stored is not None:
-            grad += stored[part]
+            grad.add_(stored[part], alpha=clip)
         if dnorm is not None:
-            grad += norm_slope(dnorm[part], w.norm(dim=1))[:, None] * w
+            grad += norm_slope(dnorm[part] * clip, w.norm(dim=1))[:, None] * w
         if unit_norm:
-            square = torch.linalg.vecdot(w, w)
-            grad -= norm_slope(torch.linalg.vecdot(grad, w), square)[:, None] * w
+            grad -= norm_slope(torch.linalg.vecdot(grad, w), w.norm(dim=1).square())[:, None] * w
         yield part, w, grad
 
 
@@ -231,17 +230,15 @@ def _torch_path(
     W: Tensor, low: Tensor | None, m: Tensor | None, v: Tensor | None, scalars: Tensor | None, seed: int,
     lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, unit_norm: bool, norm_only: bool,
 ) -> Tensor:  # fmt: skip
-    slices = _slices(factors, order, starts, stored, dnorm, W, low, unit_norm)
+    gradient = (factors, order, starts, stored, dnorm, W, low, unit_norm)
     if norm_only:
-        return torch.cat([torch.linalg.vecdot(g, g) for _, _, g in slices])
+        return torch.cat([g.norm(dim=1) for _, _, g in _slices(*gradient, clip=1.0)]).square()
     skipped = torch.zeros(W.shape[0], dtype=torch.int32, device=W.device)
     clip, live, step = scalars[2:].tolist()
     if not live:
         return skipped
     certain = not unit_norm and stored is None and dnorm is None and _bound(factors) < 1e38
-    for part, w, grad in slices:
-        if clip != 1:
-            grad *= clip
+    for part, w, grad in _slices(*gradient, clip=clip):
         state = [t[part] for t in (W, low, m, v) if t is not None]
         kept: list[tuple[Tensor, Tensor, Tensor]] = []
         if not certain:

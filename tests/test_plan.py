@@ -9,7 +9,7 @@ import torch
 
 from fastsae import SAE, BatchTopK, TopK, losses
 from fastsae import plan as module
-from fastsae.kernels import by_latent, scores, topk, update
+from fastsae.kernels import by_latent, score_tiles, scores, update
 from fastsae.optim import FusedAdam
 from fastsae.plan import plan
 
@@ -33,10 +33,11 @@ SHAPES = [
 
 
 def measured(d_in, d_sae, batch, k, activation, master, moments, micro_batch=None) -> tuple[int, int]:
-    """(bytes that stay, bytes at the peak) of a step after the first."""
-    sae, x = SAE(d_in, d_sae, {"topk": TopK, "batchtopk": BatchTopK}[activation](k)), torch.randn(batch, d_in)
-    optimizer = FusedAdam(sae, master=master, moments=moments)
-    x = x.to(sae.W_dec.dtype)
+    """(bytes that stay, bytes at the peak) of a step after the first, ranked and clipped as the trainer does unless told."""
+    choose = {"topk": TopK, "batchtopk": BatchTopK}[activation]
+    sae = SAE(d_in, d_sae, choose(k), rescale_acts_by_decoder_norm=True)
+    optimizer = FusedAdam(sae, master=master, moments=moments, max_norm=1.0)
+    x = torch.randn(batch, d_in, dtype=sae.W_dec.dtype)
 
     def train() -> None:
         optimizer.zero_grad()
@@ -66,7 +67,7 @@ def test_within_a_tenth_of_what_a_step_takes(shape):
 
 
 def test_it_speaks_of_the_code_as_it_is():
-    assert (module.BLOCK_ELEMENTS, module.CPU_TILE, module.SLICE) == (scores.BLOCK_ELEMENTS, topk.CPU_TILE, update.SLICE)
+    assert (module.BLOCK_ELEMENTS, module.CPU_TILE, module.SLICE) == (scores.BLOCK_ELEMENTS, score_tiles.CPU_TILE, update.SLICE)
     assert (module.CHUNK, module.GPU_SPLIT) == (scores.CHUNK, by_latent.SPLIT)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from ..kernels import check
 from . import stock_class
 
 STEPS = {"encode", "decode", "forward", "loss", "update_threshold", "get_auxiliary_loss"}
@@ -42,7 +43,7 @@ def _is_numbers(value: object) -> bool:
     """Not a tensor with a NaN or an infinity, where looking costs no host sync."""
     if not isinstance(value, Tensor) or value.is_cuda or not value.is_floating_point():
         return True
-    return bool(value.detach().sum().isfinite())
+    return check.all_finite(value.detach())
 
 
 def stand_in(fast: Callable[..., Any], cls: type, name: str) -> Callable[..., Any]:

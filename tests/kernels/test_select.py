@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastsae import kernels
-from fastsae.kernels import batch_topk, scores, threshold, topk
+from fastsae.kernels import batch_topk, score_tiles, scores, threshold, topk
 
 SHAPES = [  # N, D, F
     (1, 1, 1),
@@ -56,10 +56,14 @@ def test_batch_topk_is_exact(N, D, F, rank, fused, device):
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("rank", RANKS)
-def test_16_bits_are_widened_before_selection(rank, fused, device, dtypes):
-    """Sums of about 300 are no longer whole in bf16: selection by rounded scores would see ties that are none."""
+def test_16_bits_are_widened_before_selection(rank, fused, device, dtypes, monkeypatch):
+    """Sums of about 3,000 are not whole in 16 bits: selection by rounded scores would see ties that are none."""
+    monkeypatch.setattr(topk, "FEW_SCORES", 0)  # on a CPU the k tiles of a row are searched, not all of it
+    for module in (topk, batch_topk):
+        monkeypatch.setattr(module, "CPU_TILE", 4)
     for dtype in dtypes[1:]:
         x, W, b, scale = integers(3, 64, 200, device, dtype)
+        x *= 67
         by = (scale if rank == "scaled" else None, rank == "magnitude")
         wide = [t.float() for t in (x, W, b)]
         wide_by = (None if by[0] is None else by[0].float(), by[1])
@@ -129,15 +133,17 @@ def test_chunking_changes_nothing(chunk, device, monkeypatch):
 
 
 def test_pieces_hold_whole_tiles():
-    assert scores.PANEL % topk.CPU_TILE == 0
+    assert scores.PANEL % score_tiles.CPU_TILE == 0
 
 
 @pytest.mark.parametrize("F", [704, 701])
 @pytest.mark.parametrize("k, scaled, magnitude", [(1, False, False), (3, False, True), (5, True, False), (11, True, True)])
 def test_tiles_kept_from_piece_to_piece_hold_the_best(k, scaled, magnitude, F, monkeypatch):
-    """Rows of ties, of rising and of falling scores, over pieces with and without a ragged end."""
+    """Rows of ties, of rising and of falling scores, over pieces with and without a ragged end, a few scores at a time."""
     for module in (topk, batch_topk):
         monkeypatch.setattr(module, "CPU_TILE", 8)
+    for module in (score_tiles, topk, batch_topk):
+        monkeypatch.setattr(module, "SCORES_AT_ONCE", 400)
     monkeypatch.setattr(scores, "BLOCK_ELEMENTS", 1800)
     monkeypatch.setattr(scores, "CHUNK", 128)
     x, W, b, scale = integers(30, 3, F, "cpu", seed=k)

@@ -194,4 +194,4 @@ def decode(code: SparseCode, o: Operands) -> Tensor:
 def encoder_input(sae: Module, x: Tensor) -> Tensor | None:
     """`process_sae_in`, or None where our value checks would refuse what SAELens lets through."""
     sae_in = sae.process_sae_in(x)
-    return sae_in if sae_in.is_cuda or sae_in.detach().sum().isfinite() else None
+    return sae_in if sae_in.is_cuda or check.all_finite(sae_in.detach()) else None
