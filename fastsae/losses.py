@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import functional, kernels
-from .activations import JumpReLU, gather
+from .activations import JumpReLU, gather, near, over
 from .functional import At, Reconstruction
 from .kernels.backend import accumulator
 from .kernels.take import take_rows
@@ -65,7 +65,15 @@ def reconstruct_by_chunk(
     """The same for a code that is not sparse, with the Σ of a penalty over each row [N] (functional.reconstruct_dense)."""
     row, scale = to_decode(sae, x, x if target is None else target)
     W_dec, b_dec = _decoder(sae, frozen)
-    y, cost = functional.reconstruct_dense(sae.encoder_input(x), sae.W_enc, sae.b_enc, W_dec, b_dec, activate, penalty)
+    encoded, b_enc = sae.encoder_input(x), sae.b_enc
+    if not x.requires_grad and sae.apply_b_dec_to_input:
+        # all that its gradient is for is b_dec, which a bias that is zero gets for a vector's product instead of a GEMM
+        encoded, b_enc = encoded.detach(), b_enc + (sae.b_dec.detach() - sae.b_dec) @ sae.W_enc.detach()
+
+    def of_own_bias(pre: Tensor, at: At, _: Tensor) -> Tensor:
+        return activate(pre, at, sae.b_enc)
+
+    y, cost = functional.reconstruct_dense(encoded, sae.W_enc, b_enc, W_dec, b_dec, of_own_bias, penalty)
     error = _rows(y - row)
     sse = error.to(accumulator(error.dtype)).square().sum(1)
     return _times(Reconstruction(error[:, None], sse[:, None], cost.flatten()), scale), cost.flatten()
@@ -181,7 +189,7 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(pre: Tensor, theta: Tensor, bandwidth: float, to_input: bool) -> Tensor:
-        return (pre > theta).to(pre.dtype)
+        return over(pre, theta)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float, bool], output: Tensor) -> None:
@@ -191,7 +199,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
         pre, theta = ctx.saved_tensors
-        u = ((pre - theta).abs() < ctx.bandwidth / 2) * (grad_outputs[0] / ctx.bandwidth)
+        u = near(pre, theta, ctx.bandwidth).mul_(grad_outputs[0] / ctx.bandwidth)
         return u if ctx.to_input else None, -u, None, None
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import functional, losses, schedules
-from .activations import JumpReLU, gather
+from .activations import JumpReLU, active, gather
 from .config import TrainConfig
 from .dead import DeadLatents, without_padding
 from .functional import At
@@ -53,6 +53,7 @@ class Objective:
             self.sparsity = DEFAULT_SPARSITY.get(self.activation, "none")
         if self.dead == "auto":
             self.dead = DEFAULT_DEAD.get(self.activation, "none")
+        self._was_dense = False
         needs_theta = self.sparsity.startswith("l0") and self.sparsity != "l0_tanh" or self.dead == "pre_act"
         if needs_theta and self.activation != "jumprelu":
             raise ValueError(
@@ -100,7 +101,10 @@ class Objective:
         """None where the code is not sparse."""
         by_entry_only = self.settings.prefixes or self.settings.ks
         limit = None if by_entry_only else int(x.shape[0] * sae.d_sae * functional.SPARSE_BELOW)
+        if self._was_dense and sae.encode_sparse_within(x[::8], limit) is None:  # an eighth of the rows is too much already
+            return None
         code = sae.encode_sparse_within(x, limit, observe=True)
+        self._was_dense = code is None
         if code is None:
             return None
         r = losses.reconstruct(sae, code, x, target, prefixes=self.settings.prefixes or None, ks=self.settings.ks or None)
@@ -114,13 +118,15 @@ class Objective:
         return _Found(r.error[:, -1], r.sse, cost, gate_sse, fired)
 
     def _by_chunk(self, sae: SAE, x: Tensor, target: Tensor, norms: Tensor | None, step: int) -> "_Found":
-        fired = torch.zeros(sae.d_sae, device=x.device)
+        fired, counting = torch.zeros(sae.d_sae, device=x.device), True
 
         def penalty(pre: Tensor, acts: Tensor, at: At) -> Tensor:
-            at(fired).copy_((acts.detach() != 0).sum(0))
+            if counting:  # backward comes by again
+                at(fired).copy_(active(acts).sum(0, dtype=torch.float32))
             return torch.zeros_like(acts) if self.sparsity == "none" else self._cost(pre, acts, at, sae, norms, step)
 
         y, cost = losses.reconstruct_by_chunk(sae, x, target, sae.activation.activate, penalty)
+        counting = False
         gate_sse = None
         if self.activation == "gated":
             via_gate, _ = losses.reconstruct_by_chunk(sae, x, target, lambda pre, at, b_enc: pre.relu(), frozen=True)

@@ -105,6 +105,12 @@ def _by_panels(x: Tensor, W: Tensor, bias: Tensor, out: Tensor) -> None:
         torch.addmm(bias[whole:], x, W[whole:].T, out=out[:, whole:])
 
 
+def nonzero_at_least(mask: Tensor) -> int:
+    """How many of a contiguous mask are True at least, in a hundredth of the time of listing half of them."""
+    flat = mask.flatten()
+    return int(flat[: flat.numel() // 8 * 8].view(torch.int64).count_nonzero())
+
+
 def nonzero_flat(mask: Tensor) -> Tensor:
     """Flat positions of True in a contiguous mask, ascending; most bytes are False, so look at eight at a time."""
     flat = mask.flatten()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import check
 from .backend import op, runs_triton, tl, triton
-from .scores import CHUNK, chunk_gemm, nonzero_flat, pieces
+from .scores import CHUNK, chunk_gemm, nonzero_at_least, nonzero_flat, pieces
 from .tiles import tile
 
 
@@ -35,12 +35,16 @@ def _select_torch(
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     N = x.shape[0]
     pres, latents, rows = [x.new_empty(0)], [x.new_empty(0, dtype=torch.int32)], [x.new_empty(0, dtype=torch.int32)]
+    nothing = pres[0], latents[0], torch.zeros(N + 1, dtype=torch.int32, device=x.device)
     total = 0
     for block, columns, pre in pieces(x, W_enc, b_enc):
-        at = nonzero_flat(pre > theta[columns])
+        over = pre > theta[columns]
+        if 0 <= limit < total + nonzero_at_least(over):
+            return *nothing, limit + 1
+        at = nonzero_flat(over)
         total += at.numel()
         if 0 <= limit < total:
-            return pres[0], latents[0], torch.zeros(N + 1, dtype=torch.int32, device=x.device), total
+            return *nothing, total
         pres.append(pre.flatten()[at].to(x.dtype))
         latents.append((at % pre.shape[1] + columns.start).int())
         rows.append((at // pre.shape[1] + block.start).int())

@@ -205,10 +205,13 @@ def _slices(factors, order, starts, stored, dnorm, W, low, unit_norm, clip):
         part = slice(f, f + latents)
         bounds = starts[f : f + latents + 1]
         begin, end = bounds[[0, -1]].tolist()
-        grad = segment_rows(table, rows[begin:end], coefficients[begin:end], bounds - begin)
+        if begin == end and stored is not None:
+            grad = stored[part].to(wide) * clip
+        else:
+            grad = segment_rows(table, rows[begin:end], coefficients[begin:end], bounds - begin)
+            if stored is not None:
+                grad.add_(stored[part], alpha=clip)
         w = W[part] if low is None else joined(W[part], low[part])
-        if stored is not None:
-            grad.add_(stored[part], alpha=clip)
         if dnorm is not None:
             grad += norm_slope(dnorm[part] * clip, w.norm(dim=1))[:, None] * w
         if unit_norm:

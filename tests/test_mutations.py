@@ -61,7 +61,7 @@ MUTANTS = {
         KERNELS + "test_select.py::test_tiles_kept_from_piece_to_piece_hold_the_best", "",
     ),
     "a threshold that is just met fires": (
-        "kernels/threshold.py", "nonzero_flat(pre > theta", "nonzero_flat(pre >= theta",
+        "kernels/threshold.py", "over = pre > theta", "over = pre >= theta",
         KERNELS + "test_select.py::test_threshold_is_exact", "torch",
     ),
     "levels get only their own gradient": (
@@ -69,7 +69,7 @@ MUTANTS = {
         KERNELS + "test_loss.py::test_matches_reference", "torch",
     ),
     "theta is pushed the wrong way": (
-        "fastsae/activations.py", "-(g * window)", "g * window",
+        "fastsae/activations.py", "-straight_through, None", "straight_through, None",
         "tests/test_activations.py::test_equals_its_definition_in_fp64", "Jump",
     ),
 }  # fmt: skip

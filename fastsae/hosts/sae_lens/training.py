@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import functional, losses
-from ...activations import Activation, BatchTopK, Gated, JumpReLU, TopK
+from ...activations import Activation, BatchTopK, Gated, JumpReLU, TopK, active
 from ...functional import At
 from ...kernels.by_latent import segment_sums, sort_by_latent
 from ...kernels.scores import BLOCK_ELEMENTS
@@ -216,9 +216,9 @@ class _Chunks:
     def activate(self, pre: Tensor, at: At, b_enc: Tensor) -> Tensor:
         acts = self.activation.activate(pre, at, self.bias)
         if self.counting:  # backward comes by again
-            fires = acts.detach() != 0
-            self.per_latent[at(self.numbers)] = fires.sum(0).float()
-            self.per_row += fires.sum(1)
+            fires = active(acts)
+            self.per_latent[at(self.numbers)] = fires.sum(0, dtype=torch.float32)
+            self.per_row += fires.sum(1, dtype=torch.float32)
         return acts
 
 
