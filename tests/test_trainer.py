@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastsae import SAE, load
+from fastsae import SAE, interrupt, load
 from fastsae.config import DataConfig, OptimConfig, SAEConfig, TrainConfig, with_values
 from fastsae.data.source import NotResumable
 from fastsae.interrupt import Interrupted
@@ -72,6 +72,7 @@ def test_a_stopped_run_ends_with_the_same_bits(changes, tmp_path, monkeypatch):
     for stop in (2, 5, 9):
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
             patch.setattr(Member, "step", signalling(Member.step, stop))
+            patch.setattr(interrupt, "ECHO", 0.0)
             train(parts, quiet=True)
         assert (tmp_path / "parts" / f"step-{stop:06d}" / "MANIFEST.json").exists()
     train(parts, quiet=True)
@@ -136,13 +137,13 @@ def test_what_is_not_finite_never_reaches_the_weights(place, activation, bad, op
     some_steps(made)
     before, skipped = weights(made), int(made.skipped)
     x, target = torch.randn(32, 16), torch.randn(32, 16)
-    if place == "loss":
-        real = type(made.objective).__call__
-        monkeypatch.setattr(type(made.objective), "__call__", lambda *a: real(*a)._replace(loss=real(*a).loss * bad))
-    else:
-        {"x": x, "target": target}[place][7, 3] = bad
-    made.step((x, target), 3)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        if place == "loss":
+            real = Objective.__call__
+            patch.setattr(Objective, "__call__", lambda *a: real(*a)._replace(loss=real(*a).loss * bad))
+        else:
+            {"x": x, "target": target}[place][7, 3] = bad
+        made.step((x, target), 3)
     assert all(torch.equal(a, b) for a, b in zip(before, weights(made), strict=True))
     assert int(made.skipped) == skipped + 1 and made.measure(4)["sparsity/skipped_steps"] == skipped + 1
     made.step(torch.randn(32, 16), 4)
