@@ -192,19 +192,20 @@ class ReLU(_Threshold):
         return functional.dense_encode(x, W_enc, b_enc)
 
 
-# Conditions as numbers: to add up booleans, or to multiply with them, takes a CPU five to ten times as long.
+# Conditions as numbers: to add up booleans, or to multiply with them, takes a CPU two to six times as long. In place on a copy,
+# since forward-mode differentiation and torch.func take no `out=`.
 
 
 @torch.no_grad()
 def over(pre: Tensor, theta: Tensor | float) -> Tensor:
     """1[pre > theta]"""
-    return torch.gt(pre, theta, out=torch.empty_like(pre))
+    return pre.clone().gt_(theta)
 
 
 @torch.no_grad()
 def active(acts: Tensor) -> Tensor:
     """1[acts != 0]"""
-    return torch.ne(acts, 0, out=torch.empty_like(acts))
+    return acts.clone().ne_(0)
 
 
 @torch.no_grad()
@@ -229,8 +230,8 @@ class _Jump(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (g,) = grad_outputs
         pre, theta = ctx.saved_tensors
-        straight_through = near(pre, theta, ctx.bandwidth).mul_(theta / ctx.bandwidth).mul_(g)
-        to_input = over(pre, theta).mul_(g)
+        straight_through = near(pre, theta, ctx.bandwidth).mul_(theta / ctx.bandwidth) * g
+        to_input = over(pre, theta) * g
         return to_input + straight_through if ctx.to_input else to_input, -straight_through, None, None
 
 

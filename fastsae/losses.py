@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from . import functional, kernels
@@ -66,9 +67,9 @@ def reconstruct_by_chunk(
     row, scale = to_decode(sae, x, x if target is None else target)
     W_dec, b_dec = _decoder(sae, frozen)
     encoded, b_enc = sae.encoder_input(x), sae.b_enc
-    if not x.requires_grad and sae.apply_b_dec_to_input:
-        # all that its gradient is for is b_dec, which a bias that is zero gets for a vector's product instead of a GEMM
-        encoded, b_enc = encoded.detach(), b_enc + (sae.b_dec.detach() - sae.b_dec) @ sae.W_enc.detach()
+    if sae.apply_b_dec_to_input and not x.requires_grad and forward_ad._current_level < 0:  # type: ignore[attr-defined]
+        # b_dec is all that the gradient of what is encoded is for: a vector's product instead of a GEMM
+        encoded, b_enc = encoded.detach(), functional.centred_bias(b_enc, sae.b_dec, sae.W_enc)
 
     def of_own_bias(pre: Tensor, at: At, _: Tensor) -> Tensor:
         return activate(pre, at, sae.b_enc)
@@ -199,7 +200,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
         pre, theta = ctx.saved_tensors
-        u = near(pre, theta, ctx.bandwidth).mul_(grad_outputs[0] / ctx.bandwidth)
+        u = near(pre, theta, ctx.bandwidth) * (grad_outputs[0] / ctx.bandwidth)
         return u if ctx.to_input else None, -u, None, None
 
 

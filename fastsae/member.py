@@ -231,6 +231,7 @@ class Member:
             "mean_loss": self.mean_loss,
             "skipped": self.skipped,
             "slots": self.slots,
+            "was_dense": self.objective.was_dense,
             "random": self.random.get_state(),
             "window_fired": self._window_fired,
             "window_rows": int(self._window_rows),
@@ -239,6 +240,7 @@ class Member:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stepper.load_state_dict(state["weights"])
         self.scale, self.slots = state["scale"], state["slots"]
+        self.objective.was_dense = state.get("was_dense", False)  # not in checkpoints before it mattered
         for name in ("since_fired", "mean_loss", "skipped"):
             setattr(self, name, state[name].to(self.device))
         self.random.set_state(state["random"])

@@ -53,7 +53,8 @@ class Objective:
             self.sparsity = DEFAULT_SPARSITY.get(self.activation, "none")
         if self.dead == "auto":
             self.dead = DEFAULT_DEAD.get(self.activation, "none")
-        self._was_dense = False
+        self.was_dense = False
+        """Whether the last code was not sparse. It belongs to a run's state: the next one is then asked for in fewer rows."""
         needs_theta = self.sparsity.startswith("l0") and self.sparsity != "l0_tanh" or self.dead == "pre_act"
         if needs_theta and self.activation != "jumprelu":
             raise ValueError(
@@ -99,12 +100,12 @@ class Objective:
 
     def _by_entry(self, sae: SAE, x: Tensor, target: Tensor, norms: Tensor | None, step: int) -> "_Found | None":
         """None where the code is not sparse."""
-        by_entry_only = self.settings.prefixes or self.settings.ks
+        by_entry_only = bool(self.settings.prefixes or self.settings.ks)
         limit = None if by_entry_only else int(x.shape[0] * sae.d_sae * functional.SPARSE_BELOW)
-        if self._was_dense and sae.encode_sparse_within(x[::8], limit) is None:  # an eighth of the rows is too much already
+        if self.was_dense and limit is not None and sae.encode_sparse_within(x[::8], limit // 8) is None:
             return None
         code = sae.encode_sparse_within(x, limit, observe=True)
-        self._was_dense = code is None
+        self.was_dense = code is None
         if code is None:
             return None
         r = losses.reconstruct(sae, code, x, target, prefixes=self.settings.prefixes or None, ks=self.settings.ks or None)

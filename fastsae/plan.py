@@ -19,7 +19,7 @@ WEIGHT = {"fp32": 4, "split": 2}
 LOW_BITS = {"fp32": 0, "split": 2}
 MOMENTS = {"fp32": 8, "bf16": 4}
 
-# as in kernels/scores.py, topk.py and update.py, which a test holds against these
+# as in kernels/scores.py, score_tiles.py and update.py, which a test holds against these
 BLOCK_ELEMENTS = 1 << 24
 CPU_TILE = 64
 SLICE = 1 << 20

@@ -105,7 +105,8 @@ class SAE(nn.Module):
     def encode_sparse_within(self, x: Tensor, limit: int | None, observe: bool = False) -> SparseCode | None:
         """The same, or None where it has more than `limit` entries and a dense path is exact (functional.reconstruct_dense).
 
-        With `observe` the activation learns from it what a trainer lets it learn (Activation.observe).
+        Without a limit there is always a code. With `observe` the activation learns from it what a trainer lets it learn
+        (Activation.observe).
         """
         scale = self.select_scale()
         code = self.activation.encode_within(self.encoder_input(x), self.W_enc, self.b_enc, limit, scale)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import check
 from .backend import accumulator, op, runs_triton
-from .score_tiles import CPU_TILE, SCORES_AT_ONCE, content_score, score_of, tile_content, tile_maxima
+from .score_tiles import CPU_TILE, at_once, content_score, score_of, tile_content, tile_maxima
 from .scores import nonzero_flat, pieces
 from .topk import FUSED, MOST_SLOTS, block_topk, stream_topk
 
@@ -70,7 +70,7 @@ def _select_torch(
         stays = ~(pool_score < bound)
         pool = [(entries[stays], pool_pre[stays], pool_score[stays])]
         tiles = (~(maxima < bound)).nonzero()
-        for row, opened in (some.unbind(1) for some in tiles.split(SCORES_AT_ONCE // width)):
+        for row, opened in (some.unbind(1) for some in tiles.split(at_once(pre, width))):
             content = tile_content(pre, row, opened, width)  # [tiles, width]
             candidate = content_score(content, opened, ranked, magnitude)
             hit = ~(candidate < bound)

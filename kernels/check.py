@@ -59,7 +59,7 @@ def finite(name: str, t: Tensor) -> None:
 
 
 def all_finite(t: Tensor) -> bool:
-    """Reads the values."""
+    """Whether t has no NaN and no infinity. Reads it."""
     # a sum is one pass and shows every NaN and infinity; it may overflow without one, so look closer then
     return bool(t.sum().isfinite() or t.isfinite().all())
 

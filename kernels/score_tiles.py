@@ -7,8 +7,15 @@ pre-activations themselves are made a strip at a time, and forgotten.
 import torch
 from torch import Tensor
 
+from .scores import BLOCK_ELEMENTS
+
 CPU_TILE = 64  # 32, 64, 128 measured within noise at F 24,576, k 32; divides scores.PANEL, so that pieces hold whole tiles
-SCORES_AT_ONCE = 1 << 19  # scores made at once: 2 MB, in L2; with half or twice as many the maxima take 5 to 13 % longer
+SCORES_AT_ONCE = 1 << 19  # on a CPU: 2 MB, in L2; with half or twice as many the maxima take 5 to 13 % longer
+
+
+def at_once(scores: Tensor, each: int) -> int:
+    """How many rows or tiles of `each` scores to look at together."""
+    return max(1, (SCORES_AT_ONCE if scores.device.type == "cpu" else BLOCK_ELEMENTS) // each)
 
 
 def score_of(pre: Tensor, scale: Tensor | None, magnitude: bool) -> Tensor:
@@ -23,7 +30,7 @@ def tile_maxima(pre: Tensor, scale: Tensor | None, magnitude: bool, width: int) 
     R, F = pre.shape
     whole = F // width
     maxima = pre.new_empty(R, -(-F // width))
-    rows = max(1, SCORES_AT_ONCE // F)
+    rows = at_once(pre, F)
     for n in range(0, R, rows):
         score = score_of(pre[n : n + rows], scale, magnitude)
         torch.amax(score[:, : whole * width].unflatten(1, (whole, width)), -1, out=maxima[n : n + rows, :whole])

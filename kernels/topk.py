@@ -19,7 +19,7 @@ from torch import Tensor
 from . import check
 from .backend import accumulator, op, runs_triton, tl, triton
 from .dense_encode import gemm
-from .score_tiles import CPU_TILE, SCORES_AT_ONCE, content_score, score_of, tile_content, tile_maxima
+from .score_tiles import CPU_TILE, at_once, content_score, score_of, tile_content, tile_maxima
 from .scores import CHUNK, chunk_gemm, nonzero_flat, pieces
 from .tiles import tile
 
@@ -85,7 +85,7 @@ class _Tiles:
 
     def best(self, F: int) -> tuple[Tensor, Tensor]:
         """(pre, latents) of each row's k best of F latents, latents ascending. [R, k]"""
-        rows = max(1, SCORES_AT_ONCE // (self.k * self.width))
+        rows = at_once(self.content, self.k * self.width)
         found = [self._best_of(slice(n, n + rows), F) for n in range(0, self.numbers.shape[0], rows)]
         pre, latents = zip(*found, strict=True)
         return torch.cat(pre), torch.cat(latents)
@@ -121,8 +121,7 @@ def block_topk(
     latents_out = torch.empty(x.shape[0], k, dtype=torch.int32, device=x.device)
     for rows, columns, pre in pieces(x, W_enc, b_enc, latents=4 * k * CPU_TILE):  # so that most tiles are left out
         if pre.shape[1] == F and (2 * k * CPU_TILE >= F or pre.numel() <= FEW_SCORES):
-            step = max(1, SCORES_AT_ONCE // F)
-            best = [_best(score_of(some, scale, magnitude), k) for some in pre.split(step)]
+            best = [_best(score_of(some, scale, magnitude), k) for some in pre.split(at_once(pre, F))]
             latents_out[rows] = latents = torch.cat(best).sort(-1).values
             pre_out[rows] = pre.gather(1, latents)
             continue

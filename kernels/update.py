@@ -10,9 +10,9 @@ registers, and in the same breath
     w      = w / |w|                   if the decoder is kept at unit norm
 
 and writes w, m and v. Per parameter 24 bytes move (28 with a stored gradient, plus 8 to make it). Rows that no token
-touched have dW = 0 and move exactly as dense Adam moves them. A row whose gradient is not finite, or a zero row that should
-have unit norm, stays as it was and is counted; `scalars` holds what the whole step depends on, on the device, so that
-nothing is read: the bias corrections, the clipping factor, and whether to step at all.
+touched have dW = 0 and move exactly as dense Adam moves them. A row whose gradient, on a CPU clipped, is not finite, or a zero
+row that should have unit norm, stays as it was and is counted; `scalars` holds what the whole step depends on, on the device,
+so that nothing is read: the bias corrections, the clipping factor, and whether to step at all.
 
 W may be the bf16 half of a split number, with the other half in `low`, and m and v may be bf16, rounded at random (halves.py):
 16 bytes per parameter then. All arithmetic is fp32. Another format of the moments is another branch where they are loaded and

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from fastsae import SAE, AbsTopK, Activation, BatchTopK, Gated, JumpReLU, ReLU, SparseCode, TopK, functional
+from fastsae import SAE, AbsTopK, Activation, BatchTopK, Gated, JumpReLU, ReLU, SparseCode, TopK, functional, losses
 from fastsae.kernels import scores
 
 N, D, F, K = 7, 8, 40, 3
@@ -238,3 +239,44 @@ def test_select_scale_changes_the_ranking_and_nothing_else(name, device):
     assert torch.equal(code.dense(), (pre * kept).detach())
     code.values.sum().backward()
     assert torch.equal(sae.b_enc.grad, kept.sum(0))
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("activation", [JumpReLU, Gated])
+def test_forward_mode_and_batched_gradients(activation, trains):
+    """As far as torch's own operators carry them."""
+    torch.manual_seed(0)
+    sae = SAE(4, 9, activation(), dtype=torch.float64).train(trains)
+    x, direction = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(sae.encode, x)
+    assert jacobian.any()
+    torch.testing.assert_close(torch.autograd.functional.jacobian(sae.encode, x, vectorize=True), jacobian)
+    if activation is Gated or not trains:  # a straight-through estimate goes one way
+        _, tangent = torch.func.jvp(sae.encode, (x,), (direction,))
+        torch.testing.assert_close(tangent, torch.einsum("nfmd,md->nf", jacobian, direction))
+
+
+def test_forward_mode_through_chunks():
+    """Where x has a tangent the encoder's input must keep it."""
+    torch.manual_seed(0)
+    sae = SAE(4, 9, ReLU(), dtype=torch.float64)
+    x, direction = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+
+    def loss(x):
+        target = torch.zeros(3, 4, dtype=torch.float64)
+        return losses.reconstruct_by_chunk(sae, x, target, sae.activation.activate)[0].sse.sum()
+
+    gradient = torch.autograd.functional.jacobian(loss, x)
+    with forward_ad.dual_level(), torch.no_grad():
+        tangent = forward_ad.unpack_dual(loss(forward_ad.make_dual(x, direction))).tangent
+    torch.testing.assert_close(tangent, (gradient * direction).sum())
+
+
+def test_chunks_add_the_bias_in_its_own_type():
+    seen = []
+    sae, x = SAE(4, 9, ReLU()), torch.randn(3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        functional.reconstruct_dense(
+            x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, lambda pre, at, b: seen.append(pre.dtype) or pre.relu()
+        )
+    assert seen == [torch.float32]

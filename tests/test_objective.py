@@ -37,7 +37,7 @@ def test_both_ways_are_one_loss(changes, tmp_path, monkeypatch):
         outcome = made.objective(made.sae.train(), x, x, None, step=9)
         outcome.loss.backward()
         gradients = {name: p.grad for name, p in made.sae.named_parameters()}
-        assert gradients["b_dec"].any() and outcome.fired.any() and made.objective._was_dense == (below == 0)
+        assert gradients["b_dec"].any() and outcome.fired.any() and made.objective.was_dense == (below == 0)
         found.append((outcome, gradients))
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
 
@@ -52,7 +52,7 @@ def test_a_dense_code_is_asked_for_in_few_rows(tmp_path, monkeypatch):
         made.objective(made.sae, x, x, None, step=0)
     assert rows == [32, 4]
     with torch.no_grad():
-        made.sae.b_enc.fill_(-2.0)
+        made.sae.b_enc.fill_(-9.0)
     for _ in range(2):
         made.objective(made.sae, x, x, None, step=0)
     assert rows == [32, 4, 4, 32, 32]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..activations import AbsTopK, Activation, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from ..host_memory import fill
+from ..kernels import check
 from ..sae import SAE
 from .safe import FormatError
 
@@ -178,8 +179,7 @@ def put_together(parts: Parts, device: torch.device | str = "cpu", dtype: torch.
     for name, expected in sae.state_dict().items():
         # a copy, latent by latent as the SAE has it, and so that the file can be replaced while the SAE lives
         t = state[name] = fill(torch.empty_like(expected, device=device), parts.tensors[name])
-        # the sum is one pass; it may overflow without any non-finite value, so look closer before complaining
-        if not torch.isfinite(t.sum()) and not torch.isfinite(t).all():
+        if not check.all_finite(t):
             raise FormatError(f"{name} has {int((~torch.isfinite(t)).sum())} non-finite values of {t.numel()}")
     if "activation.theta" in state:
         state["activation.theta"].clamp_(min=0)  # every host takes the relu too

@@ -142,8 +142,7 @@ def test_tiles_kept_from_piece_to_piece_hold_the_best(k, scaled, magnitude, F, m
     """Rows of ties, of rising and of falling scores, over pieces with and without a ragged end, a few scores at a time."""
     for module in (topk, batch_topk):
         monkeypatch.setattr(module, "CPU_TILE", 8)
-    for module in (score_tiles, topk, batch_topk):
-        monkeypatch.setattr(module, "SCORES_AT_ONCE", 400)
+    monkeypatch.setattr(score_tiles, "SCORES_AT_ONCE", 400)
     monkeypatch.setattr(scores, "BLOCK_ELEMENTS", 1800)
     monkeypatch.setattr(scores, "CHUNK", 128)
     x, W, b, scale = integers(30, 3, F, "cpu", seed=k)

@@ -62,33 +62,13 @@ def _step(sae: Module, given: Any) -> Any:
         return None
     bias = codes.encoder_bias(sae)
     if sae.cfg.apply_b_dec_to_input:
-        bias = _Centred.apply(bias, sae.b_dec, sae.W_enc)
+        bias = functional.centred_bias(bias, sae.b_dec, sae.W_enc)
     o = codes.operands(sae, sae_in.detach(), bias)
     with codes.plain(o.x):
         code = codes.encode(sae, o)
         if code is not None:
             return _sparse(sae, given, o, code)
         return _dense(sae, given, o) if o.x.shape[0] * o.W_enc.shape[1] > BLOCK_ELEMENTS else None
-
-
-class _Centred(torch.autograd.Function):
-    """b_enc, with b_dec's gradient through the encoder's input: x - b_dec moves each pre-activation by -W_enc b_dec.
-
-    So the input's own gradient [N, D], a gather over W_enc, is not needed: db_dec = -W_enc db_enc.
-    """
-
-    @staticmethod
-    def forward(b_enc: Tensor, b_dec: Tensor, W_enc: Tensor) -> Tensor:
-        return b_enc.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[2])
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
-        (g,), (W_enc,) = grad_outputs, ctx.saved_tensors
-        return g, -(W_enc @ g), None
 
 
 def _output(sae: Module, given: Any, sae_out: Tensor, parts: Losses, acts: LazyTensor, hidden_pre: LazyTensor) -> Any:
