@@ -101,10 +101,10 @@ class Objective:
     def _by_entry(self, sae: SAE, x: Tensor, target: Tensor, norms: Tensor | None, step: int) -> "_Found | None":
         """None where the code is not sparse."""
         by_entry_only = bool(self.settings.prefixes or self.settings.ks)
-        limit = None if by_entry_only else int(x.shape[0] * sae.d_sae * functional.SPARSE_BELOW)
-        if self.was_dense and limit is not None and sae.encode_sparse_within(x[::8], limit // 8) is None:
+        a_row, some = sae.d_sae * functional.SPARSE_BELOW, x[::8]
+        if self.was_dense and not by_entry_only and sae.encode_sparse_within(some, int(some.shape[0] * a_row)) is None:
             return None
-        code = sae.encode_sparse_within(x, limit, observe=True)
+        code = sae.encode_sparse_within(x, None if by_entry_only else int(x.shape[0] * a_row), observe=True)
         self.was_dense = code is None
         if code is None:
             return None

@@ -56,3 +56,14 @@ def test_a_dense_code_is_asked_for_in_few_rows(tmp_path, monkeypatch):
     for _ in range(2):
         made.objective(made.sae, x, x, None, step=0)
     assert rows == [32, 4, 4, 32, 32]
+
+
+def test_one_row_is_not_held_against_an_eighth_of_its_share(tmp_path, monkeypatch):
+    monkeypatch.setattr(functional, "SPARSE_BELOW", 1 / 32)  # two entries
+    made, x = member({"activation": "relu"}, tmp_path)
+    made.objective(made.sae, x[:1], x[:1], None, step=0)
+    assert made.objective.was_dense
+    with torch.no_grad():
+        made.sae.b_enc.fill_(-9.0)[3] = 9.0
+    made.objective(made.sae, x[:1], x[:1], None, step=0)
+    assert not made.objective.was_dense
